@@ -1,0 +1,217 @@
+"""What the scripts' command lines share: presets, shared flags, and how a user's mistake is answered.
+
+No torch here: every script parses its command line before it loads torch, so --help and a mistyped flag answer at
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import sys
+import time
+
+START = time.perf_counter()  # the scripts import this module first, so --max-minutes includes the loading of torch
+
+# The defaults that depend on the data set. Any flag on the command line overrides its entry; a training script prints
+# what it uses. The implied temperature is noise_std^2 / (2 * step_size): 5e-5 for both, far below 1 as in the paper,
+# so chains settle near modes of the density rather than sample it at temperature 1.
+PRESETS = {
+    "digits": {
+        "arch": "small-cnn", "width": 32, "depth": 2,
+        "epochs": 100, "pretrain_epochs": 20, "batch_size": 64, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.99,
+        "input_noise": 0.05, "p_x_weight": 0.1, "energy_reg": 0.001,
+        "steps": 10, "step_size": 1.0, "noise_std": 0.01, "pixel_grad_clip": 1.0,
+        "buffer_size": 2000, "reinit_prob": 0.05,
+    },
+    "mnist": {
+        "arch": "small-cnn", "width": 16, "depth": 3,
+        "epochs": 2, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
+        "input_noise": 0.05, "p_x_weight": 0.1, "energy_reg": 0.001,
+        "steps": 10, "step_size": 1.0, "noise_std": 0.01, "pixel_grad_clip": 1.0,
+        "buffer_size": 10000, "reinit_prob": 0.05,
+    },
+}  # fmt: skip
+DATASETS = tuple(PRESETS)
+WIDE_RESNET_SHAPE = {"width": 2, "depth": 10}  # sized for a laptop; the paper's is --width 10 --depth 28
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that says what to do."""
+
+
+def exits_cleanly(main):
+    """Wrap a script's main: a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapped
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and the module's docstring as it is written."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser with the project's conventions: no abbreviations, defaults in the help, errors in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def error(self, message):
+        """Print one sentence and exit with code 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind, low, high, low_open, words):
+    """Make an argparse type: a finite number of a kind within bounds, described in words when it is not."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
+        if not math.isfinite(value) or value < low or value > high or (low_open and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    return convert
+
+
+positive_int = _number(int, 1, math.inf, False, "a whole number from 1 up")
+count = _number(int, 0, math.inf, False, "a whole number from 0 up")
+seed = _number(int, 0, 2**32 - 1, False, "a whole number from 0 to 4294967295")
+positive = _number(float, 0, math.inf, True, "a number above 0")
+non_negative = _number(float, 0, math.inf, False, "a number from 0 up")
+fraction = _number(float, 0, 1, False, "a number from 0 to 1")
+
+
+def add_data_flags(parser):
+    """Add the flags that choose the data."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="digits", help="data set; it also chooses the preset of defaults")
+    group.add_argument(
+        "--data-dir", default=os.environ.get("SGLD_NRG_DATA", "data"),
+        help="folder that holds data sets or receives their download; SGLD_NRG_DATA sets the default",
+    )  # fmt: skip
+
+
+def add_model_flags(parser):
+    """Add the flags that shape the network."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", choices=("small-cnn", "wide-resnet"), help="network")
+    group.add_argument(
+        "--width", type=positive_int, help="small-cnn: channels of the first layer; wide-resnet: widening factor"
+    )
+    group.add_argument("--depth", type=positive_int, help="small-cnn: stages that halve the image; wide-resnet: 6n + 4 layers")
+
+
+def add_optimisation_flags(parser):
+    """Add the flags of the optimiser and of the length of a run; returns the group, for a script's own."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive_int, help="passes over the training images")
+    group.add_argument(
+        "--max-minutes", type=positive,
+        help="wall-clock budget in minutes, from the start of the script, within which the learning-rate schedule "
+        "completes; without --epochs it alone decides the length, with it whichever ends first",
+    )  # fmt: skip
+    group.add_argument("--batch-size", type=positive_int, help="training images, and chains, in an iteration")
+    group.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), default="adam", help="optimiser; sgd has momentum 0.9")
+    group.add_argument("--lr", type=positive, help="learning rate of the optimiser at its highest")
+    group.add_argument(
+        "--lr-schedule", choices=("cosine", "constant"), default="cosine", help="course of the learning rate after the warm-up"
+    )
+    group.add_argument("--warmup-steps", type=count, help="iterations over which the learning rate rises from 0")
+    group.add_argument("--weight-decay", type=non_negative, default=0.0, help="weight decay of the optimiser")
+    group.add_argument(
+        "--max-grad-norm", type=non_negative, default=0.0, help="clip the norm of the weight gradient to this; 0: not"
+    )
+    group.add_argument(
+        "--ema-decay", type=fraction, help="decay of the averaged weights, which are the ones kept; 0: no averaging"
+    )
+    group.add_argument(
+        "--input-noise", type=non_negative, help="standard deviation of the noise on training images, pixels on [-1, 1]"
+    )
+    add_precision_flag(group)
+    return group
+
+
+def add_precision_flag(group):
+    """Add --precision to a group."""
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bf16"), default="auto",
+        help="arithmetic of the network; auto: bf16 autocast where the processor has bf16 instructions",
+    )  # fmt: skip
+
+
+def add_run_flags(parser):
+    """Add the flags of a run and of its output; returns the group, for a script's own."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--out-dir", help="folder that receives everything the script writes")
+    group.add_argument("--seed", type=seed, default=0, help="seed of every random draw")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--dry-run", action="store_true", help="go through everything in a few steps and keep no file")
+    return group
+
+
+def add_rerun_flags(group):
+    """Add what a training script does when its folder already holds a run."""
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in --out-dir from its checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
+
+
+def parse(parser, argv=None):
+    """Parse a command line with the preset of its --dataset as defaults.
+
+    The result also has `given`, the names of the flags that stand on the command line.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    peek = Parser(None)
+    peek.prog = parser.prog
+    for action in ("--dataset", "--arch"):
+        peek.add_argument(action)
+    wanted = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    preset = dict(PRESETS.get(wanted.dataset or "digits", PRESETS["digits"]))
+    if wanted.arch == "wide-resnet":
+        preset.update(WIDE_RESNET_SHAPE)
+    names = vars(parser.parse_args([]))
+    if "dataset" in names:
+        preset["out_dir"] = os.path.join("results", wanted.dataset or "digits")
+    parser.set_defaults(**{name: value for name, value in preset.items() if name in names and names[name] is None})
+    args = parser.parse_args(argv)
+    absent = object()
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    args.given = frozenset(name for name in names if getattr(marked, name) is not absent)
+    if getattr(args, "max_minutes", None) and "epochs" not in args.given:
+        args.epochs = None
+    return args
+
+
+def describe_settings(args):
+    """Return the lines that a training script prints first: the preset's settings, with what was overridden marked."""
+    words = []
+    for name, default in PRESETS[args.dataset].items():
+        value = getattr(args, name, default)
+        if hasattr(args, name):
+            words.append(f"{name} {value}" + ("*" if name in args.given else ""))
+    return f"preset {args.dataset} (* given on the command line): " + ", ".join(words)

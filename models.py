@@ -1,0 +1,122 @@
+"""Networks that map images to logits, and the energies that the logits define.
+
+Every network here is built by `build_model(**model_config)` from plain numbers and strings, so a checkpoint that
+holds its model_config needs nothing else to be loaded. None has normalisation layers: batch statistics would make
+the energy of one image depend on the others in its batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sgld import frozen
+
+ARCHITECTURES = ("small-cnn", "wide-resnet")
+
+
+def energy(logits):
+    """Return the marginal energy E(x) = -logsumexp_y f(x)[y].
+
+    logits: (N, K) float. Returns (N,) float; low means likely. Source: arXiv 1912.03263, equation 6.
+    """
+    return -logits.logsumexp(1)
+
+
+def joint_energy(logits, labels):
+    """Return the joint energy E(x, y) = -f(x)[y].
+
+    logits: (N, K) float; labels: (N,) int64 in 0..K-1. Returns (N,) float. Source: arXiv 1912.03263, equation 5.
+    """
+    return -logits.gather(1, labels[:, None]).squeeze(1)
+
+
+class SmallCNN(nn.Module):
+    """A plain convolutional network: one 3x3 convolution, then strided 4x4 ones that double width and halve the map.
+
+    SiLU throughout, because SGLD follows the gradient with respect to the input and ReLU makes it piecewise constant.
+    The head is linear on the flattened last map. At width 16 and 28x28 images it has 0.2 million parameters.
+    """
+
+    def __init__(self, num_classes, channels, image_size, width=16, depth=3):
+        super().__init__()
+        layers = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
+        size = image_size
+        for stage in range(depth):
+            layers += [nn.Conv2d(width << stage, width << (stage + 1), 4, stride=2, padding=1), nn.SiLU()]
+            size //= 2
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.head = nn.Linear((width << depth) * size * size, num_classes)
+
+    def forward(self, x):
+        """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
+        return self.head(self.features(x))
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions; the second starts at zero, so the block is the identity."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride=stride)
+
+    def forward(self, x):
+        """Map (N, inputs, H, W) to (N, outputs, H/stride, W/stride)."""
+        active = nn.functional.silu(x)
+        return self.shortcut(x) + self.second(nn.functional.silu(self.first(active)))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width without normalisation, the architecture of the paper (there WRN-28-10 with leaky ReLU).
+
+    depth: 6n + 4 convolutions, n blocks in each of three groups; width: multiplies the 16, 32 and 64 channels.
+    Source: Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv 1605.07146), table 1.
+    """
+
+    def __init__(self, num_classes, channels, image_size, width=10, depth=28):
+        super().__init__()
+        layers = [nn.Conv2d(channels, 16, 3, padding=1)]
+        inputs = 16
+        for group in range(3):
+            for block in range((depth - 4) // 6):
+                outputs = (16 << group) * width
+                layers.append(ResidualBlock(inputs, outputs, stride=2 if group > 0 and block == 0 else 1))
+                inputs = outputs
+        self.features = nn.Sequential(*layers, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, x):
+        """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
+        return self.head(self.features(x))
+
+
+def build_model(arch, num_classes, channels, image_size, width, depth):
+    """Build the network that a model_config describes.
+
+    arch: one of ARCHITECTURES; num_classes, channels, image_size (pixels a side), width and depth: positive ints.
+    The weights come from torch's global random generator. Raises ValueError for a configuration that no network has.
+    """
+    if min(num_classes, channels, image_size, width, depth) < 1:
+        raise ValueError("num_classes, channels, image_size, width and depth must be 1 or more")
+    if arch == "small-cnn":
+        if image_size >> depth < 1:
+            raise ValueError(f"a small-cnn of depth {depth} halves {image_size}x{image_size} images to nothing; lower depth")
+        network = SmallCNN(num_classes, channels, image_size, width, depth)
+    elif arch == "wide-resnet":
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"a wide-resnet has depth 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+        network = WideResNet(num_classes, channels, image_size, width, depth)
+    else:
+        raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}")
+    return network.to(memory_format=torch.channels_last)
+
+
+def predict(model, images, batch_size=1000):
+    """Return the logits (N, K) float32 of images (N, C, H, W), pixels in [-1, 1], in eval mode and batch by batch."""
+    device = next(model.parameters()).device
+    with frozen(model), torch.no_grad():
+        return torch.cat([model(part.to(device)).float() for part in images.split(batch_size)])

@@ -1,0 +1,289 @@
+"""What the scripts share around a run: device, precision, run folder, checkpoint, metrics log and its columns."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+from models import build_model, energy, joint_energy
+
+FORMAT = "sgld-nrg 1"
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
+
+# Columns of metrics.csv. Each value but the first five is the mean over the iterations since the row before.
+COLUMNS = {
+    "phase": "classifier or jem: which script's training the row belongs to",
+    "step": "iterations done in this phase",
+    "epoch": "step divided by the iterations of an epoch",
+    "minutes": "wall-clock minutes of the run, pretraining in it included",
+    "lr": "learning rate of the last iteration",
+    "cross_entropy": "-log p(y|x) on training batches with input noise, nat",
+    "accuracy": "share of those that the network classifies right",
+    "energy_positive": "mean E on training batches",
+    "energy_negative": "mean E on the chains after their Langevin steps",
+    "energy_gap": "energy_negative - energy_positive",
+    "chain_displacement": "mean over chains of the L2 distance between a chain's start and end in an iteration",
+    "chain_saturated": "share of the chains' pixels at or beyond -1 or 1",
+    "chain_age": "mean over the replay buffer of Langevin steps since the chain's restart",
+    "iterations_per_second": "training iterations a second, validation and figures left out",
+    "val_cross_entropy": "-log p(y|x) on the validation split, averaged weights, nat; on the row that ends an epoch",
+    "val_accuracy": "share of the validation split classified right, averaged weights",
+}
+
+
+def pick_device(name):
+    """Return the torch.device for a --device value; auto takes CUDA, else the CPU. Raises UserError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason}): use --device auto or --device cpu") from error
+    return device
+
+
+def pick_precision(name, device):
+    """Resolve a --precision value to float32 or bf16."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cpu":
+        flags = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if flags else "float32"
+    return "float32"
+
+
+def autocast(device, precision):
+    """Return the context in which a network is called: bf16 autocast or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def chain_energy(model, device, precision):
+    """Return a network's energy as sgld.run_chains wants it: E(x) of (x), E(x, y) of (x, labels); (N,) float32."""
+
+    def energy_of(x, labels=None):
+        with autocast(device, precision):
+            logits = model(x).float()
+        return energy(logits) if labels is None else joint_energy(logits, labels)
+
+    return energy_of
+
+
+class MetricsLog:
+    """metrics.csv of a run: values are added every iteration and written as means, a row at a time.
+
+    path: the file; the rows of other phases in it are kept, and of this phase's rows those up to `resumed_at`
+    (None: a new run, which keeps none). Values are summed where they lie, so logging waits for no GPU.
+    """
+
+    def __init__(self, path, phase, resumed_at=None):
+        self.path, self.phase = Path(path), phase
+        self.sums, self.count, self.seconds = {}, 0, 0.0
+        rows = read_metrics(self.path) if self.path.exists() else []
+        kept = [row for row in rows if row["phase"] != phase or (resumed_at is not None and int(row["step"]) <= resumed_at)]
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def add(self, seconds, **values):
+        """Add one iteration: how long it took, and scalar tensors on any device."""
+        self.count, self.seconds = self.count + 1, self.seconds + seconds
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def write(self, step, epoch, minutes, lr, **values):
+        """Write a row of the means since the last one, with values of this moment beside them; returns it.
+
+        Raises FloatingPointError naming the step, the term and the value where a mean is not finite.
+        """
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step}")
+        row = {"phase": self.phase, "step": step, "epoch": epoch, "minutes": minutes, "lr": lr, **means, **values}
+        row["iterations_per_second"] = self.count / max(self.seconds, 1e-9)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, restval="").writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+        self.sums, self.count, self.seconds = {}, 0, 0.0
+        return row
+
+    def state_dict(self):
+        """Return the sums since the last row, so that a resumed run writes the row that an unbroken one would."""
+        return {"sums": self.sums, "count": self.count, "seconds": self.seconds}
+
+    def load_state_dict(self, state):
+        """Take up the sums of a stopped run."""
+        self.sums, self.count, self.seconds = dict(state["sums"]), state["count"], state["seconds"]
+
+
+def read_metrics(path):
+    """Return the rows of a metrics.csv as dicts of strings, empty where a column has no value."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@contextmanager
+def run_folder(args):
+    """Yield the folder for a run's files: --out-dir, made if need be, or for --dry-run one that vanishes afterwards.
+
+    Raises UserError where the folder cannot be made or written.
+    """
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    folder = Path(args.out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r} ({error.strerror}): name another folder with --out-dir") from error
+    yield folder
+
+
+def open_checkpoint(path, args):
+    """Return the checkpoint that --resume goes on from, or None for a new run.
+
+    A resumed run keeps its settings: args takes them over, but for where and how long it runs. Raises UserError where
+    a run would be replaced unasked, where there is nothing to resume, and where a flag contradicts the resumed run.
+    """
+    if not args.resume:
+        if path.exists() and not args.overwrite:
+            state = "a finished run" if load_checkpoint(path, path.stem)["finished"] else "an unfinished run"
+            raise UserError(
+                f"{str(path)!r} holds {state}: continue it with --resume, replace it with --overwrite, "
+                "or name another folder with --out-dir"
+            )
+        return None
+    if not path.exists():
+        raise UserError(f"nothing to resume: {str(path)!r} does not exist; leave out --resume to start a run")
+    checkpoint = load_checkpoint(path, path.stem)
+    length = {"epochs", "max_minutes"}
+    free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir"} | (length if length & args.given else set())
+    for name, value in checkpoint["args"].items():
+        if name in args.given - free and getattr(args, name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {str(path)!r}, which has {value}: "
+                "leave it out, or start anew with --overwrite"
+            )
+        if name not in free:
+            setattr(args, name, value)
+    return checkpoint
+
+
+def save_checkpoint(path, kind, **state):
+    """Write a checkpoint: to a temporary file first, flushed to the disk, then renamed, so that none is ever half there.
+
+    kind: "classifier" or "jem". state: plain types, tensors and state dicts only, so that torch.load accepts it with
+    weights_only.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "kind": kind, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); what stood there before is untouched") from error
+
+
+def load_checkpoint(path, kind, device="cpu"):
+    """Read a checkpoint of one kind ("classifier" or "jem") without ever executing code from it.
+
+    Raises UserError for a missing file, for one that is no checkpoint of this project, and for the other kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {str(path)!r}: make one with python train_{kind}.py, or name another")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for the many ways a file can be no checkpoint
+        raise UserError(f"{str(path)!r} is damaged or no checkpoint ({type(error).__name__}): name another file") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{str(path)!r} is no checkpoint of this project: name one that train_{kind}.py wrote")
+    if state["kind"] != kind:
+        raise UserError(
+            f"{str(path)!r} holds a {state['kind']}, where a {kind} is needed: make one with python train_{kind}.py"
+        )
+    return state
+
+
+def load_model(state, device):
+    """Rebuild the network of a checkpoint from its model_config, with the weights that were kept."""
+    model = build_model(**state["model_config"]).to(device)
+    model.load_state_dict(state["model"])
+    return model
+
+
+def model_config_from(args, dataset):
+    """Return the model_config for a data set. Raises UserError for a shape that no network has."""
+    channels, size, _ = dataset.shape
+    config = {
+        "arch": args.arch, "num_classes": dataset.num_classes, "channels": channels, "image_size": size,
+        "width": args.width, "depth": args.depth,
+    }  # fmt: skip
+    try:
+        with torch.device("meta"):
+            build_model(**config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config
+
+
+def report_files(args, paths):
+    """Print which files a script wrote, or that a dry run kept none."""
+    print("dry run: it went through and keeps no file" if args.dry_run else "wrote " + ", ".join(map(str, paths)))
+
+
+def plain_arguments(args):
+    """Return the arguments as a dict of plain types."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
+def write_config(folder, phase, args, **resolved):
+    """Record in config.json, under the phase's name, all that is needed to repeat a run; other phases' entries stay."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    config[phase] = {
+        "arguments": plain_arguments(args),
+        "resolved": {"threads": torch.get_num_threads(), **resolved},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _git_commit():
+    """Return the commit this code is at, with a + where files differ from it, or None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -1,0 +1,230 @@
+"""Stochastic gradient Langevin dynamics (SGLD) for any energy: one step, a run of chains, restart distributions.
+
+An energy is a callable x -> (N,), low where x is likely. Langevin dynamics *descends* it:
+
+    x <- x - step_size * dE/dx + noise_std * eps,    eps ~ N(0, I)
+
+which is equation 2 of arXiv 1912.03263 with the two scales set apart, as that paper's experiments do. The chains
+sample exp(-E / T) at the temperature T = noise_std**2 / (2 * step_size); T = 1 is the textbook choice.
+
+This file needs torch alone and knows nothing of the rest of the project.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def frozen(module):
+    """Hold a network in eval mode with frozen parameters, then put every single flag back as it was.
+
+    module: torch.nn.Module or None (then nothing happens). Each submodule's `training` and each parameter's
+    `requires_grad` is restored by itself, also after an exception, so a network whose parts are in mixed modes
+    comes out as it went in.
+    """
+    if module is None:
+        yield
+        return
+    modes = [(part, part.training) for part in module.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        module.eval()
+        for parameter, _ in grads:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for parameter, requires_grad in grads:
+            parameter.requires_grad_(requires_grad)
+
+
+def energy_and_gradient(energy, x, labels=None, chunk_size=None):
+    """Return E(x), shape (N,), and dE/dx, shaped like x, from one batched call (or one for each chunk).
+
+    energy: callable, energy(x) -> (N,), or energy(x, labels) -> (N,) where labels are given; row i of the result
+        must depend on row i of x alone.
+    x: (N, ...) float.
+    labels: None or a tensor (N, ...) that is cut into chunks together with x.
+    chunk_size: rows a call; None takes all at once. It bounds the memory of the backward pass.
+
+    Only the gradient with respect to x is formed: no parameter receives one and no graph is kept.
+    Raises ValueError where the energy does not return one value for each row.
+    """
+    rows = len(x) if chunk_size is None else chunk_size
+    energies, gradients = [], []
+    for start in range(0, len(x), max(rows, 1)):
+        part = x[start : start + rows].detach().requires_grad_()
+        with torch.enable_grad():
+            values = energy(part) if labels is None else energy(part, labels[start : start + rows])
+            if values.shape != (len(part),):
+                raise ValueError(f"an energy must return shape ({len(part)},), one value a row; got {tuple(values.shape)}")
+            gradients.append(torch.autograd.grad(values.sum(), part)[0])
+        energies.append(values.detach())
+    if len(energies) == 1:
+        return energies[0], gradients[0]
+    return torch.cat(energies), torch.cat(gradients)
+
+
+def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None):
+    """Take one Langevin step down the energy: x - step_size * gradient + noise_std * eps.
+
+    x, gradient: (N, ...) float; gradient is dE/dx at x. Neither is changed.
+    step_size: > 0, multiplies the raw energy gradient.
+    noise_std: >= 0, in the units of x; 0 is plain gradient descent.
+    pixel_grad_clip: each coordinate of the gradient is clipped to [-pixel_grad_clip, pixel_grad_clip]; None: not.
+    clamp: (low, high) that the new x is clamped to; None: not.
+    generator: torch.Generator on x's device for eps.
+    """
+    if pixel_grad_clip is not None:
+        gradient = gradient.clamp(-pixel_grad_clip, pixel_grad_clip)
+    new = torch.add(x, gradient, alpha=-step_size)
+    if noise_std > 0:
+        new.add_(torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), alpha=noise_std)
+    if clamp is not None:
+        new.clamp_(*clamp)
+    return new
+
+
+def run_chains(
+    energy, x, steps, step_size, noise_std, *, labels=None, pixel_grad_clip=None, clamp=None, module=None,
+    chunk_size=None, generator=None, callback=None, return_trajectory=False,
+):  # fmt: skip
+    """Run N Langevin chains for some steps, all of them in each batched call, and return where they end.
+
+    energy, labels, chunk_size: as in `energy_and_gradient`. The noise of a step is drawn once for all chains,
+        so the result does not depend on chunk_size beyond rounding.
+    x: (N, ...) float, the chains' start; left as it is.
+    steps: >= 0. step_size, noise_std, pixel_grad_clip, clamp: as in `langevin_step`.
+    module: the torch.nn.Module behind the energy, held in eval mode with frozen parameters meanwhile and restored
+        exactly (see `frozen`); an energy that is itself a Module is found without it.
+    generator: torch.Generator on x's device: same seed, same chains, bit for bit on CPU.
+    callback: called as callback(step, x, energy) before each step with the step's number from 0, the chains then
+        and their energies (N,).
+    return_trajectory: return (steps + 1, N, ...) instead, the start first and the end last.
+
+    Returns (N, ...) float, detached. Raises ValueError for unusable settings and FloatingPointError, with the step,
+    where an energy or the chains stop being finite.
+    """
+    _check(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size)
+    if module is None and isinstance(energy, torch.nn.Module):
+        module = energy
+    x = x.detach()
+    trajectory = [x]
+    finite = []  # stays on the device and is read once, after the last step: no synchronisation inside the chain
+    with frozen(module):
+        for step in range(steps):
+            values, gradient = energy_and_gradient(energy, x, labels, chunk_size)
+            if callback is not None:
+                callback(step, x, values)
+            finite.append(torch.isfinite(values).all())
+            x = langevin_step(
+                x, gradient, step_size, noise_std, pixel_grad_clip=pixel_grad_clip, clamp=clamp, generator=generator
+            )
+            if return_trajectory:
+                trajectory.append(x)
+    finite.append(torch.isfinite(x).all())
+    finite = torch.stack(finite)
+    if not finite.all():
+        step = int((~finite).nonzero()[0])
+        what = "the chains are" if step == steps else "the energy is"
+        raise FloatingPointError(f"{what} not finite at Langevin step {step} of {steps}")
+    return torch.stack(trajectory) if return_trajectory else x
+
+
+def _check(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size):
+    """Refuse settings that cannot mean anything."""
+    if steps < 0:
+        raise ValueError(f"steps must be 0 or more, not {steps}")
+    if not 0 < step_size < float("inf"):
+        raise ValueError(f"step_size must be a positive number, not {step_size}")
+    if not 0 <= noise_std < float("inf"):
+        raise ValueError(f"noise_std must be 0 or a positive number, not {noise_std}")
+    if pixel_grad_clip is not None and not pixel_grad_clip > 0:
+        raise ValueError(f"pixel_grad_clip must be positive or None, not {pixel_grad_clip}")
+    if clamp is not None and not clamp[0] < clamp[1]:
+        raise ValueError(f"clamp must be (low, high) with low < high, not {clamp}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}")
+
+
+class UniformRestart:
+    """Restart distribution of the paper: every coordinate uniform on [-1, 1], labels uniform over the classes.
+
+    shape: of one chain, such as (C, H, W).
+    """
+
+    kind = "uniform"
+
+    def __init__(self, shape, num_classes):
+        self.shape, self.num_classes = tuple(shape), num_classes
+
+    def draw(self, labels, generator=None):
+        """Draw one start for each of labels (N,): (N, *shape) float in [-1, 1] on the labels' device."""
+        x = torch.rand((len(labels), *self.shape), device=labels.device, generator=generator)
+        return x.mul_(2).sub_(1)
+
+    def state_dict(self):
+        """Return what `restart_from_state` needs, as plain types."""
+        return {"kind": self.kind, "shape": list(self.shape), "num_classes": self.num_classes}
+
+
+class GaussianRestart:
+    """Restart distribution of one Gaussian for each class, as in the informative initialisation of JEM++.
+
+    x = mean_y + factor_y z, z ~ N(0, I): the class mean and the leading principal directions of the class's
+    training images, each scaled by its standard deviation. With rank below the number of coordinates this is the
+    Gaussian of full covariance without its smallest directions; at full rank it is that Gaussian.
+    Source: Yang and Ji, "JEM++: Improved Techniques for Training JEM" (ICCV 2021), section 4.3, which keeps the
+    full covariance.
+
+    mean: (K, D). factor: (K, D, rank). shape: of one chain, D = product of shape.
+    """
+
+    kind = "gaussian"
+
+    def __init__(self, mean, factor, shape):
+        self.mean, self.factor, self.shape = mean, factor, tuple(shape)
+        self.num_classes = len(mean)
+
+    @classmethod
+    def fit(cls, images, labels, num_classes, rank=64):
+        """Fit to images (N, ...) float in [-1, 1] with labels (N,) in 0..K-1; every class needs two images."""
+        flat = images.flatten(1)
+        means, factors = [], []
+        rank = min(rank, flat.shape[1])
+        for label in range(num_classes):
+            members = flat[labels == label]
+            if len(members) < 2:
+                raise ValueError(f"class {label} has {len(members)} training images; a Gaussian needs at least 2")
+            mean = members.mean(0)
+            centred = members - mean
+            covariance = centred.T @ centred / (len(members) - 1)
+            variances, directions = torch.linalg.eigh(covariance.double())
+            variances, directions = variances[-rank:].clamp_min(0), directions[:, -rank:]
+            means.append(mean)
+            factors.append((directions * variances.sqrt()).to(flat.dtype))
+        return cls(torch.stack(means), torch.stack(factors), images.shape[1:])
+
+    def draw(self, labels, generator=None):
+        """Draw one start for each of labels (N,) from its class: (N, *shape) float, clamped to [-1, 1]."""
+        z = torch.randn((len(labels), self.factor.shape[2]), device=labels.device, generator=generator)
+        x = torch.empty((len(labels), self.mean.shape[1]), device=labels.device)
+        for label in labels.unique():
+            of_class = labels == label
+            x[of_class] = self.mean[label] + z[of_class] @ self.factor[label].T
+        return x.clamp_(-1, 1).view(-1, *self.shape)
+
+    def state_dict(self):
+        """Return what `restart_from_state` needs: plain types and tensors."""
+        return {"kind": self.kind, "shape": list(self.shape), "mean": self.mean, "factor": self.factor}
+
+
+def restart_from_state(state, device="cpu"):
+    """Rebuild a restart distribution from its state_dict on a device."""
+    if state["kind"] == UniformRestart.kind:
+        return UniformRestart(state["shape"], state["num_classes"])
+    return GaussianRestart(state["mean"].to(device), state["factor"].to(device), state["shape"])

@@ -1,0 +1,74 @@
+"""Energies against hand-computed values; networks by their shapes and independence of rows."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models import ARCHITECTURES, build_model, energy, joint_energy, predict
+
+SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": {"width": 1, "depth": 10}}
+
+
+def make(arch, **rest):
+    torch.manual_seed(0)
+    return build_model(**{"arch": arch, "num_classes": 5, "channels": 1, "image_size": 8, **SHAPES[arch], **rest})
+
+
+def test_energies_have_the_values_computed_by_hand():
+    logits = torch.tensor([[math.log(2.0), math.log(3.0), 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(energy(logits), -torch.tensor([6.0, 3.0]).log())
+    torch.testing.assert_close(joint_energy(logits, torch.tensor([1, 2])), -torch.tensor([3.0, 1.0]).log())
+
+
+def test_the_joint_density_divided_by_the_marginal_is_the_softmax():
+    logits = torch.randn(6, 5)
+    for label in range(5):
+        labels = torch.full((6,), label)
+        conditional = (energy(logits) - joint_energy(logits, labels)).exp()
+        torch.testing.assert_close(conditional, logits.softmax(1)[:, label])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("channels, image_size", [(1, 8), (3, 32), (1, 28)])
+def test_every_architecture_maps_images_to_logits(arch, channels, image_size):
+    logits = make(arch, channels=channels, image_size=image_size)(torch.zeros(2, channels, image_size, image_size))
+    assert logits.shape == (2, 5) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_logits_of_an_image_do_not_depend_on_its_batch(arch):
+    model, images = make(arch), torch.randn(6, 1, 8, 8)
+    torch.testing.assert_close(model(images)[2:3], model(images[2:3]), atol=1e-5, rtol=1e-4)
+
+
+def test_residual_blocks_start_as_the_identity_and_learn():
+    model = make("wide-resnet")
+    model(torch.randn(3, 1, 8, 8)).square().sum().backward()
+    seconds = [part.second.weight for part in model.modules() if hasattr(part, "second")]
+    assert seconds and all(not weight.any() and weight.grad.any() for weight in seconds)
+
+
+@pytest.mark.parametrize(
+    "config", [{"arch": "small-cnn", "depth": 4}, {"arch": "wide-resnet", "depth": 11}, {"arch": "small-cnn", "width": 0}]
+)
+def test_configurations_that_no_network_has_are_refused(config):
+    with pytest.raises(ValueError, match="depth"):
+        make(**config)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="small-cnn"):
+        build_model("transformer", 10, 1, 8, 1, 1)
+
+
+def test_predict_goes_batch_by_batch_in_eval_mode_and_leaves_the_modes():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3))
+    model[1].eval()
+    model[2].train()
+    images = torch.randn(7, 1, 2, 2)
+    modes = [part.training for part in model.modules()]
+    logits = predict(model, images, batch_size=3)
+    torch.testing.assert_close(logits, model[2](images.flatten(1)).detach())
+    assert [part.training for part in model.modules()] == modes and not logits.requires_grad

@@ -1,0 +1,275 @@
+"""The sampler: exact and statistical tests, none of which knows our networks."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from sgld import (
+    GaussianRestart,
+    UniformRestart,
+    energy_and_gradient,
+    frozen,
+    langevin_step,
+    restart_from_state,
+    run_chains,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quadratic(curvature):
+    return lambda x: curvature * x.square().flatten(1).sum(1) / 2
+
+
+class NetworkEnergy(nn.Module):
+    """A small network with a part that behaves differently in training: dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dropout, self.last = nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.last(self.dropout(torch.tanh(self.first(x)))).squeeze(1)
+
+
+def test_a_step_without_noise_is_gradient_descent():
+    x = torch.randn(5, 3, generator=generator())
+    end = run_chains(quadratic(2.0), x, steps=3, step_size=0.1, noise_std=0)
+    torch.testing.assert_close(end, x * (1 - 0.1 * 2.0) ** 3)
+
+
+def test_chains_descend_the_energy():
+    x = torch.randn(50, 4, generator=generator()) * 3
+    energy = quadratic(1.0)
+    end = run_chains(energy, x, steps=20, step_size=0.1, noise_std=0.01, generator=generator())
+    assert (energy(end) < energy(x)).all()
+
+
+def test_the_step_adds_noise_of_the_given_size_and_leaves_its_input():
+    x, gradient = torch.zeros(200, 500), torch.ones(200, 500)
+    new = langevin_step(x, gradient, step_size=0.5, noise_std=0.2, generator=generator())
+    deviation = 0.2 / math.sqrt(x.numel())
+    assert abs(new.mean() + 0.5) < 5 * deviation
+    assert abs(new.std() - 0.2) < 5 * deviation / math.sqrt(2)
+    assert not x.any()
+
+
+@pytest.mark.parametrize("curvature, step_size, noise_std", [(1.0, 0.1, 0.3), (4.0, 0.2, 0.1), (0.5, 0.5, 1.0)])
+def test_stationary_variance_on_a_quadratic_energy_is_the_closed_form(curvature, step_size, noise_std):
+    chains = 20_000
+    steps = int(8 / (curvature * step_size))
+    variance = noise_std**2 / (1 - (1 - curvature * step_size) ** 2)
+    start = torch.randn(chains, 1, generator=generator(1)) * 2 * variance**0.5
+    end = run_chains(quadratic(curvature), start, steps, step_size, noise_std, generator=generator(2))
+    left_over = (1 - curvature * step_size) ** (2 * steps) * 3  # of the start's four times too large variance
+    assert abs(end.mean()) < 5 * (variance / chains) ** 0.5
+    assert abs(end.var() / variance - 1) < 5 * (2 / chains) ** 0.5 + left_over
+
+
+def test_moments_of_a_two_component_mixture_at_temperature_one():
+    weights, means, deviation = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 1.5]), 0.7
+
+    def energy(x):
+        return -torch.logsumexp(weights.log() - (x - means).square() / (2 * deviation**2), dim=1)
+
+    chains, step_size = 5_000, 0.02
+    start = torch.rand(chains, 1, generator=generator(3)) * 6 - 3
+    end = run_chains(energy, start, 1000, step_size, math.sqrt(2 * step_size), generator=generator(4)).squeeze(1)
+    mean = (weights * means).sum()
+    variance = deviation**2 + (weights * means.square()).sum() - mean**2
+    bias = step_size / deviation**2  # of a discretised chain: order of step_size times the largest curvature
+    assert abs(end.mean() - mean) < 5 * (variance / chains) ** 0.5 + bias
+    assert abs(end.var() / variance - 1) < 5 * (2 / chains) ** 0.5 + bias
+    share = 0.3 * torch.special.ndtr(torch.tensor(1.0 / 0.7)) + 0.7 * torch.special.ndtr(torch.tensor(-1.5 / 0.7))
+    assert abs((end < 0).float().mean() - share) < 5 * (share * (1 - share) / chains) ** 0.5 + bias
+
+
+def test_the_batched_gradient_is_that_of_each_row_alone():
+    network = NetworkEnergy().eval()
+    x = torch.randn(7, 6, generator=generator())
+    values, gradient = energy_and_gradient(network, x)
+    for row in range(7):
+        alone_value, alone_gradient = energy_and_gradient(network, x[row : row + 1])
+        torch.testing.assert_close(values[row : row + 1], alone_value)
+        torch.testing.assert_close(gradient[row : row + 1], alone_gradient)
+
+
+def test_no_parameter_gradient_and_no_graph_is_left():
+    network = NetworkEnergy()
+    x = torch.randn(4, 6, generator=generator())
+    end = run_chains(network, x, 3, 0.1, 0.1, generator=generator())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not end.requires_grad and end.grad_fn is None and not x.requires_grad
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_mixed_modes_and_frozen_parameters_come_out_as_they_went_in(fails):
+    network = NetworkEnergy().train()
+    network.dropout.eval()
+    network.last.weight.requires_grad_(False)
+    modes = [part.training for part in network.modules()]
+    grads = [parameter.requires_grad for parameter in network.parameters()]
+
+    def energy(x):
+        assert not any(part.training for part in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        if fails:
+            raise RuntimeError("halfway")
+        return network(x)
+
+    try:
+        run_chains(energy, torch.zeros(2, 6), 2, 0.1, 0.1, module=network)
+    except RuntimeError:
+        assert fails
+    assert [part.training for part in network.modules()] == modes
+    assert [parameter.requires_grad for parameter in network.parameters()] == grads
+
+
+def test_frozen_without_a_module_does_nothing():
+    with frozen(None):
+        pass
+
+
+def test_same_seed_same_chains_bit_for_bit_and_the_global_generator_is_left_alone():
+    x = torch.randn(8, 6, generator=generator())
+    network = NetworkEnergy()
+    before = torch.get_rng_state()
+    first, second = (run_chains(network, x, 5, 0.1, 0.1, generator=generator(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(first, run_chains(network, x, 5, 0.1, 0.1, generator=generator(4)))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 64])
+def test_chunks_give_the_same_chains_as_one_batch(chunk_size):
+    x, labels = torch.randn(10, 6, generator=generator()), torch.arange(10)
+    network = NetworkEnergy()
+
+    def energy(x, labels):
+        return network(x) * (1 + labels)
+
+    settings = {"labels": labels, "module": network}
+    whole = run_chains(energy, x, 6, 0.1, 0.1, generator=generator(1), **settings)
+    chunked = run_chains(energy, x, 6, 0.1, 0.1, generator=generator(1), chunk_size=chunk_size, **settings)
+    torch.testing.assert_close(chunked, whole)
+
+
+def test_chunks_bound_the_rows_of_a_call():
+    rows = []
+
+    def energy(x):
+        rows.append(len(x))
+        return x.sum(1)
+
+    run_chains(energy, torch.zeros(10, 2), 1, 0.1, 0, chunk_size=4)
+    assert rows == [4, 4, 2]
+
+
+def test_the_gradient_is_clipped_per_pixel_and_the_chain_clamped():
+    x = torch.tensor([[0.5, -0.5, 0.01]])
+    energy = quadratic(10.0)  # gradient 5, -5, 0.1
+    clipped = run_chains(energy, x, 1, 0.1, 0, pixel_grad_clip=1.0)
+    torch.testing.assert_close(clipped, torch.tensor([[0.4, -0.4, 0.0]]))
+    clamped = run_chains(lambda x: -10 * x.sum(1), x, 5, 1.0, 0.1, clamp=(-1, 1), generator=generator())
+    assert torch.equal(clamped, torch.ones(1, 3))
+
+
+def test_the_callback_sees_every_step_and_the_trajectory_holds_it():
+    x, seen = torch.ones(3, 2), []
+    trajectory = run_chains(
+        quadratic(1.0), x, 4, 0.5, 0, callback=lambda *now: seen.append(now), return_trajectory=True
+    )
+    assert trajectory.shape == (5, 3, 2)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    for step, chains, energies in seen:
+        torch.testing.assert_close(chains, x * 0.5**step)
+        torch.testing.assert_close(energies, quadratic(1.0)(chains))
+        torch.testing.assert_close(trajectory[step], chains)
+    torch.testing.assert_close(trajectory[-1], x * 0.5**4)
+
+
+def test_zero_steps_return_the_start():
+    x = torch.randn(3, 2)
+    assert torch.equal(run_chains(quadratic(1.0), x, 0, 0.1, 0.1), x)
+
+
+def test_an_energy_that_stops_being_finite_is_named_with_its_step():
+    def energy(x):
+        return torch.where(x.abs().sum(1) > 3, torch.nan, 1.0) * -x.sum(1)
+
+    # the chain goes 1, 2, 3, 4: the energy at 4 is the fourth, of step 3
+    with pytest.raises(FloatingPointError, match="step 3 of 5"):
+        run_chains(energy, torch.ones(4, 1), 5, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": -1}, {"step_size": 0}, {"step_size": math.nan}, {"noise_std": -1}, {"noise_std": math.inf},
+        {"pixel_grad_clip": 0}, {"clamp": (1, -1)}, {"chunk_size": 0},
+    ],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused_by_name(settings):
+    usable = {"steps": 1, "step_size": 0.1, "noise_std": 0.1}
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        run_chains(quadratic(1.0), torch.zeros(2, 2), **{**usable, **settings})
+
+
+def test_an_energy_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match="one value a row"):
+        run_chains(lambda x: x, torch.zeros(2, 2), 1, 0.1, 0)
+
+
+def test_the_module_needs_torch_alone():
+    code = (
+        "import sys, sgld; ours = {'cli', 'data', 'models', 'plots', 'runs', 'training', 'torchvision', 'sklearn', "
+        "'matplotlib'}; assert not ours & set(sys.modules), ours & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_uniform_restarts_fill_the_pixel_range():
+    restart = UniformRestart((1, 4, 4), 10)
+    x = restart.draw(torch.zeros(1000, dtype=torch.int64), generator())
+    assert x.shape == (1000, 1, 4, 4) and x.min() >= -1 and x.max() <= 1
+    assert abs(x.mean()) < 5 * (1 / 3 / x.numel()) ** 0.5
+    assert abs(x.var() - 1 / 3) < 5 * (4 / 45 / x.numel()) ** 0.5
+
+
+def test_gaussian_restarts_have_the_mean_and_covariance_of_their_class():
+    truth = torch.tensor([[0.05, 0.03], [0.03, 0.04]]) / 4
+    factor = torch.linalg.cholesky(truth)
+    means = torch.tensor([[-0.3, 0.2], [0.4, 0.0]])
+    labels = torch.arange(2).repeat_interleave(5000)
+    images = (means[labels] + torch.randn(10_000, 2, generator=generator()) @ factor.T).view(-1, 1, 1, 2)
+    restart = GaussianRestart.fit(images, labels, 2)
+    for label in range(2):
+        drawn = restart.draw(torch.full((20_000,), label), generator(1)).flatten(1)
+        torch.testing.assert_close(drawn.mean(0), means[label], atol=0.01, rtol=0)
+        torch.testing.assert_close(torch.cov(drawn.T), truth, atol=0.001, rtol=0)
+
+
+def test_a_low_rank_gaussian_keeps_the_directions_of_largest_variance():
+    x = torch.randn(4000, 3, generator=generator()) * torch.tensor([0.2, 0.001, 0.1])
+    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), torch.zeros(4000, dtype=torch.int64), 1, rank=2)
+    drawn = restart.draw(torch.zeros(4000, dtype=torch.int64), generator(1)).flatten(1)
+    torch.testing.assert_close(drawn.std(0), torch.tensor([0.2, 0.0, 0.1]), atol=0.01, rtol=0)
+
+
+def test_a_class_without_images_is_named():
+    with pytest.raises(ValueError, match="class 1 has 0"):
+        GaussianRestart.fit(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64), 2)
+
+
+def test_restart_distributions_survive_their_state_dict():
+    labels = torch.tensor([0, 1, 1])
+    for restart in (UniformRestart((1, 2, 2), 2), GaussianRestart(torch.rand(2, 4), torch.rand(2, 4, 3), (1, 2, 2))):
+        again = restart_from_state(restart.state_dict())
+        assert torch.equal(again.draw(labels, generator()), restart.draw(labels, generator()))

@@ -1,0 +1,328 @@
+"""Train a joint energy-based model (JEM, arXiv 1912.03263): one network that classifies and generates.
+
+    python train_jem.py --dataset digits
+
+trains the classifier first where none is given or found in --out-dir, then maximises log p(y|x) + weight * log p(x).
+It writes jem.pt, metrics.csv, curves.png, samples.png, grids/epoch-*.png and config.json.
+"""
+
+from __future__ import annotations
+
+import cli
+
+
+def build_parser():
+    """Return the parser of this script's command line."""
+    parser = cli.Parser(__doc__)
+    cli.add_data_flags(parser)
+    cli.add_model_flags(parser)
+    group = cli.add_optimisation_flags(parser)
+    start = group.add_mutually_exclusive_group()
+    start.add_argument(
+        "--classifier",
+        metavar="PATH",
+        help="classifier checkpoint to start from; without it OUT_DIR/classifier.pt, trained if missing",
+    )
+    start.add_argument("--from-scratch", action="store_true", help="start from random weights instead of a classifier")
+    group.add_argument("--pretrain-epochs", type=cli.positive_int, help="epochs of the classifier, where it is trained first")
+    group.add_argument(
+        "--p-y-given-x-weight", type=cli.non_negative, default=1.0, help="weight of log p(y|x), the cross-entropy"
+    )
+    group.add_argument("--p-x-weight", type=cli.non_negative, help="weight of log p(x), the marginal density")
+    group.add_argument(
+        "--p-xy-weight", type=cli.non_negative, default=0.0,
+        help="weight of log p(x, y), with class-conditional chains; above 0 it needs --p-x-weight 0",
+    )  # fmt: skip
+    group.add_argument("--energy-reg", type=cli.non_negative, help="weight of the regulariser mean E^2 over data and chains")
+    group = parser.add_argument_group("SGLD")
+    group.add_argument("--steps", type=cli.positive_int, help="Langevin steps of each chain in an iteration")
+    group.add_argument("--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]")
+    group.add_argument(
+        "--noise-std", type=cli.non_negative, help="standard deviation of the noise of a step, pixels on [-1, 1]"
+    )
+    group.add_argument("--pixel-grad-clip", type=cli.non_negative, help="clip each pixel's energy gradient to this; 0: not")
+    group.add_argument(
+        "--clamp", type=cli.non_negative, default=1.0, help="clamp the chains' pixels to [-CLAMP, CLAMP]; 0: not"
+    )
+    group = parser.add_argument_group("replay buffer")
+    group.add_argument("--buffer-size", type=cli.positive_int, help="persistent chains")
+    group.add_argument("--reinit-prob", type=cli.fraction, help="probability that a drawn chain is restarted")
+    group.add_argument(
+        "--restart", choices=("uniform", "gaussian"), default="gaussian",
+        help="where chains start: uniform noise, or Gaussians fitted to the training images of each class",
+    )  # fmt: skip
+    group = cli.add_run_flags(parser)
+    cli.add_rerun_flags(group)
+    group.add_argument("--log-every", type=cli.positive_int, default=50, help="iterations between two rows of metrics.csv")
+    group.add_argument(
+        "--grid-every", type=cli.positive_int, default=1, help="epochs between two sample grids after the first epoch"
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
+    parser = build_parser()
+    args = cli.parse(parser, argv)
+    if args.p_xy_weight and args.p_x_weight:
+        if "p_x_weight" in args.given:
+            parser.error("--p-x-weight and --p-xy-weight cannot both be above 0: log p(x, y) contains log p(x)")
+        args.p_x_weight = 0.0
+    if not args.p_x_weight and not args.p_xy_weight:
+        parser.error("without --p-x-weight or --p-xy-weight there is no density to train: use train_classifier.py")
+    if args.batch_size > args.buffer_size:
+        parser.error(
+            f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}: each iteration draws a batch of chains"
+        )
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistyped flags answer here, before torch is loaded
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import data
+import plots
+import runs
+import train_classifier
+from cli import UserError
+from models import energy, joint_energy
+from sgld import GaussianRestart, UniformRestart, run_chains
+from training import Training
+
+OUTPUTS = ("jem.pt", "samples.png", "grids", "curves.png", "metrics.csv", "config.json")
+GRID_CHAINS = 64
+PRETRAINING_SHARE = 0.2  # of --max-minutes, at most
+
+
+class ReplayBuffer:
+    """Persistent chains (Tieleman 2008; arXiv 1912.03263, algorithm 1): a chain is drawn, moved on, and put back.
+
+    size: number of chains. restart: restart distribution, see sgld.py. reinit_prob: probability that a drawn chain
+    is restarted, 0..1. device, generator: where the chains live and what they are drawn with.
+
+    images: (size, C, H, W) float, one tensor on the device. labels: (size,) int64, the class that a chain was
+    started from, and that class-conditional chains keep. ages: (size,) int64, Langevin steps since the restart.
+    """
+
+    def __init__(self, size, restart, reinit_prob, device="cpu", generator=None):
+        self.restart, self.reinit_prob = restart, reinit_prob
+        self.labels = torch.arange(size, device=device) % restart.num_classes
+        self.images = restart.draw(self.labels, generator)
+        self.ages = torch.zeros(size, dtype=torch.int64, device=device)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def draw(self, count, generator=None):
+        """Draw `count` different chains: returns slots (N,), images (N, C, H, W), labels (N,).
+
+        A chain restarts with probability reinit_prob, in its class's restart distribution. Raises ValueError where
+        more chains are asked for than there are.
+        """
+        if count > len(self):
+            raise ValueError(f"{count} chains were asked of a replay buffer of {len(self)}")
+        device = self.images.device
+        slots = torch.randperm(len(self), device=device, generator=generator)[:count]
+        labels, images = self.labels[slots], self.images[slots]
+        restarted = torch.rand(count, device=device, generator=generator) < self.reinit_prob
+        images = torch.where(restarted[:, None, None, None], self.restart.draw(labels, generator), images)
+        self.ages[slots] = self.ages[slots].masked_fill(restarted, 0)
+        return slots, images, labels
+
+    def put(self, slots, images, steps):
+        """Write chains back to the slots that they were drawn from, `steps` Langevin steps older."""
+        self.images[slots] = images
+        self.ages[slots] += steps
+
+    def state_dict(self):
+        """Return the chains, labels and ages."""
+        return {"images": self.images, "labels": self.labels, "ages": self.ages}
+
+    def load_state_dict(self, state):
+        """Take up a state_dict of any size, on this buffer's device."""
+        device = self.images.device
+        self.images, self.labels, self.ages = (state[name].to(device).clone() for name in ("images", "labels", "ages"))
+
+
+def energy_loss(energy_positive, energy_negative):
+    """Return mean E(data) - mean E(chains), whose gradient is that of -log p (arXiv 1912.03263, equation 2).
+
+    Both (N,) float. Descending it lowers the energy of data and raises that of the chains.
+    """
+    return energy_positive.mean() - energy_negative.mean()
+
+
+def energy_regulariser(energy_positive, energy_negative):
+    """Return mean E(data)^2 + mean E(chains)^2, which keeps the level of E near 0 (arXiv 1903.08689, section 4)."""
+    return energy_positive.square().mean() + energy_negative.square().mean()
+
+
+def make_restart(args, dataset, device):
+    """Fit the restart distribution that --restart names."""
+    if args.restart == "uniform":
+        return UniformRestart(dataset.shape, dataset.num_classes)
+    return GaussianRestart.fit(dataset.train.images.to(device), dataset.train.labels.to(device), dataset.num_classes)
+
+
+def sgld_settings(args):
+    """Return the keyword arguments of sgld.run_chains that the flags ask for."""
+    return {
+        "step_size": args.step_size,
+        "noise_std": args.noise_std,
+        "pixel_grad_clip": args.pixel_grad_clip or None,
+        "clamp": (-args.clamp, args.clamp) if args.clamp else None,
+    }
+
+
+def iterate(run, buffer, images, labels):
+    """Do one iteration of algorithm 1 of arXiv 1912.03263 on a batch: draw, run and put back chains; descend the loss.
+
+    run: training.Training. buffer: ReplayBuffer. images: (N, C, H, W) float, pixels in [-1, 1]; labels: (N,) int64.
+    """
+    args, generator, conditional = run.args, run.generator, run.args.p_xy_weight > 0
+
+    slots, starts, chain_labels = buffer.draw(args.batch_size, generator)
+    chains = run_chains(
+        runs.chain_energy(run.model, run.device, run.precision), starts, args.steps, **sgld_settings(args),
+        labels=chain_labels if conditional else None, module=run.model, generator=generator,
+    )  # fmt: skip
+    buffer.put(slots, chains, args.steps)
+
+    with run.autocast():
+        both = run.model(torch.cat([images, chains])).float()
+    logits, chain_logits = both.split([len(images), len(chains)])
+    energy_positive, energy_negative = energy(logits), energy(chain_logits)
+
+    cross = cross_entropy(logits, labels)
+    loss = args.p_y_given_x_weight * cross
+    loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
+    if conditional:
+        loss = loss + args.p_xy_weight * energy_loss(joint_energy(logits, labels), joint_energy(chain_logits, chain_labels))
+    loss = loss + args.energy_reg * energy_regulariser(energy_positive, energy_negative)
+
+    run.update(
+        loss,
+        cross_entropy=cross,
+        accuracy=(logits.argmax(1) == labels).float().mean(),
+        energy_positive=energy_positive.mean(),
+        energy_negative=energy_negative.mean(),
+        energy_gap=energy_negative.mean() - energy_positive.mean(),
+        chain_displacement=(chains - starts).flatten(1).norm(dim=1).mean(),
+        chain_saturated=(chains.abs() >= 1).float().mean(),
+        chain_age=buffer.ages.float().mean(),
+    )
+
+
+def train(args, dataset, folder, device, classifier=None, resumed=None):
+    """Train a JEM and return its checkpoint, the dict that then lies in folder/jem.pt.
+
+    args: parsed flags. dataset: data.Dataset. folder: pathlib.Path. classifier: the state_dict to start from, or None
+    for random weights. resumed: the checkpoint of a stopped run, to go on from.
+    Raises FloatingPointError, naming iteration and term, where a number stops being finite.
+    """
+    run = Training(args, dataset, folder, "jem", device, weights=classifier, resumed=resumed, max_minutes=args.max_minutes)
+    buffer = ReplayBuffer(
+        args.buffer_size, make_restart(args, dataset, device), args.reinit_prob, device,
+        torch.Generator(device).manual_seed(args.seed + 1),
+    )  # fmt: skip
+    checkpoint = resumed
+    if resumed:
+        buffer.load_state_dict(resumed["buffer"])
+    else:
+        save_grids(run, buffer)
+
+    for images, labels in run.batches():
+        try:
+            iterate(run, buffer, images, labels)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"training diverged at iteration {run.step}: {error}; lower --lr or raise --energy-reg"
+            ) from error
+        if run.epoch_ends():
+            val_loss, val_accuracy = train_classifier.evaluate(run.averaged, dataset.val)
+            run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
+            checkpoint = make_checkpoint(run, buffer)
+            run.save(checkpoint)
+        elif run.step % args.log_every == 0:
+            run.write_row()
+        if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
+            save_grids(run, buffer)
+    return checkpoint
+
+
+def make_checkpoint(run, buffer):
+    """Return all that sample.py, evaluate.py and a resumed run need: plain types, tensors and state dicts."""
+    return {
+        "model_config": run.model_config,
+        "model": {name: value.clone() for name, value in run.averaged.state_dict().items()},
+        "dataset": run.dataset.name,
+        "sgld": {"steps": run.args.steps, **sgld_settings(run.args)},
+        "restart": buffer.restart.state_dict(),
+        "buffer": buffer.state_dict(),
+        "conditional": run.args.p_xy_weight > 0,
+        "precision": run.precision,
+        "args": runs.plain_arguments(run.args),
+        "finished": run.done >= 1,
+        "training": run.state_dict(),
+    }
+
+
+def save_grids(run, buffer):
+    """Write the chains of the same first slots as samples.png and as the numbered grid of this moment."""
+    grids = run.folder / "grids"
+    grids.mkdir(exist_ok=True)
+    for path in (run.folder / "samples.png", grids / f"epoch-{run.step / run.epoch_steps:05.1f}.png"):
+        plots.save_grid(buffer.images[:GRID_CHAINS], path)
+
+
+def starting_weights(args, dataset, folder, device):
+    """Return the classifier's state_dict that the JEM starts from, or None with --from-scratch.
+
+    It comes from --classifier, else from classifier.pt in the run's folder, which is trained where it is missing or
+    unfinished. Raises UserError where that classifier has another architecture or data set.
+    """
+    if args.from_scratch:
+        print("starting from random weights", flush=True)
+        return None
+    path = Path(args.classifier or folder / "classifier.pt")
+    checkpoint = runs.load_checkpoint(path, "classifier") if args.classifier or path.exists() else None
+    if checkpoint is None or not (checkpoint["finished"] or args.classifier):
+        print(f"no finished classifier in {folder}: training one first", flush=True)
+        pretraining = Namespace(**{**vars(args), "epochs": args.pretrain_epochs})
+        budget = args.max_minutes and args.max_minutes * PRETRAINING_SHARE
+        checkpoint = train_classifier.train(pretraining, dataset, folder, device, checkpoint, budget)
+    else:
+        print(f"starting from the classifier {path}", flush=True)
+    wanted = runs.model_config_from(args, dataset)
+    if checkpoint["model_config"] != wanted or checkpoint["dataset"] != dataset.name:
+        raise UserError(
+            f"the classifier {str(path)!r} was trained on {checkpoint['dataset']} with {checkpoint['model_config']}, and this run "
+            f"is for {dataset.name} with {wanted}: give the same --arch, --width and --depth, or another --classifier"
+        )
+    return checkpoint["model"]
+
+
+@cli.exits_cleanly
+def main(argv=None):
+    """Run the script with a list of arguments, or with the command line's."""
+    args = parse_args(argv)
+    device = runs.pick_device(args.device)
+    with runs.run_folder(args) as folder:
+        resumed = runs.open_checkpoint(folder / "jem.pt", args)
+        dataset = data.load(args.dataset, args.data_dir)
+        print(cli.describe_settings(args), flush=True)
+        classifier = None if resumed else starting_weights(args, dataset, folder, device)
+        checkpoint = train(args, dataset, folder, device, classifier, resumed)
+        _, accuracy = train_classifier.evaluate(runs.load_model(checkpoint, device), dataset.test)
+        runs.report_files(args, [folder / name for name in OUTPUTS])
+        print(f"test accuracy: {100 * accuracy:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What the two training scripts share: order of the data, budget, learning-rate schedule, weight update, logging."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import cli
+import plots
+import runs
+from cli import UserError
+from models import build_model
+
+OPTIMISERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": lambda parameters, **rest: torch.optim.SGD(parameters, momentum=0.9, **rest),
+}
+CHECKPOINTS = {"classifier": "classifier.pt", "jem": "jem.pt"}
+DRY_RUN_STEPS = 3
+SECONDS_BETWEEN_CURVES = 20  # drawing takes half a second
+
+
+def epoch_order(count, seed, epoch):
+    """Return the order of `count` training images in an epoch, a function of the seed and the epoch's number alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def learning_rate(args, step, progress):
+    """Return the learning rate of an iteration.
+
+    args.lr, times a linear rise over the first args.warmup_steps iterations, times a half cosine that falls to 0 as
+    progress (0..1) reaches 1, unless args.lr_schedule is "constant".
+    """
+    rise = min(1.0, (step + 1) / max(args.warmup_steps, 1))
+    course = 0.5 * (1 + math.cos(math.pi * progress)) if args.lr_schedule == "cosine" else 1.0
+    return args.lr * rise * course
+
+
+class Training:
+    """The state of one training, resumable at any iteration, and the parts of its loop that are no equations.
+
+    args: parsed flags. dataset: data.Dataset. folder: pathlib.Path of the run. phase: "classifier" or "jem".
+    weights: state_dict that the network starts from, or None for fresh weights. resumed: the checkpoint to go on
+    from, or None. max_minutes: the wall-clock budget, counted from the script's start, or None.
+
+    model: the network that is trained. averaged: the one whose weights are kept, an exponential moving average of the
+    trained one's, or that one itself where args.ema_decay is 0. generator: torch.Generator on the device, the source
+    of every random draw but the first weights and the order of the data.
+    Raises UserError for flags that do not fit the data.
+    """
+
+    def __init__(self, args, dataset, folder, phase, device, *, weights=None, resumed=None, max_minutes=None):
+        self.args, self.folder, self.phase, self.device = args, folder, phase, device
+        self.dataset, self.train_split = dataset, dataset.train.to(device)
+        self.epoch_steps = len(dataset.train.labels) // args.batch_size
+        if not self.epoch_steps:
+            raise UserError(f"--batch-size {args.batch_size} exceeds the {len(dataset.train.labels)} training images: lower it")
+        self.precision = runs.pick_precision(args.precision, device)
+        self.model_config = runs.model_config_from(args, dataset)
+        torch.manual_seed(args.seed)
+        self.model = build_model(**self.model_config).to(device)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.step, self.minutes_before, self.max_minutes = 0, 0.0, max_minutes
+        self.steps = args.epochs and args.epochs * self.epoch_steps
+        if args.dry_run:
+            self.steps = DRY_RUN_STEPS
+        self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
+        if resumed:
+            self._load(resumed["training"])
+        self.began = self.drawn = time.perf_counter()
+        runs.write_config(
+            folder, phase, args, device=str(device), precision=self.precision, model_config=self.model_config
+        )  # fmt: skip
+
+    @property
+    def averaged(self):
+        """The network with the weights that are kept."""
+        return self.ema.module if self.ema else self.model
+
+    def minutes(self):
+        """Return the wall-clock minutes of the run: since the script's start, and before the last resumption."""
+        return self.minutes_before + (time.perf_counter() - cli.START) / 60
+
+    def progress(self):
+        """Return the share of the run that is done, 0..1: of the iterations or of the minutes, whichever is larger."""
+        shares = [self.step / self.steps] if self.steps else []
+        if self.max_minutes:
+            shares.append(self.minutes() / self.max_minutes)
+        return min(max(shares), 1.0)
+
+    def batches(self):
+        """Yield (images with input noise, labels) for each iteration until the budget is spent.
+
+        Each iteration's body calls `update` once; the last, incomplete batch of an epoch is left out.
+        """
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.phase, unit="it", disable=None)
+        self.bar, self.done, order_epoch = bar, self.progress(), None
+        while self.done < 1:
+            self.began = time.perf_counter()
+            epoch, position = divmod(self.step, self.epoch_steps)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(len(self.train_split.labels), self.args.seed, epoch).to(self.device), epoch
+            chosen = order[position * self.args.batch_size : (position + 1) * self.args.batch_size]
+            images = self.train_split.images[chosen]
+            noise = torch.randn(images.shape, device=self.device, generator=self.generator)
+            yield images + self.args.input_noise * noise, self.train_split.labels[chosen]
+            bar.update()
+        bar.close()
+
+    def autocast(self):
+        """Return the context in which the network is called."""
+        return runs.autocast(self.device, self.precision)
+
+    def update(self, loss, **values):
+        """Take one optimiser step down the loss, average the weights, and log scalar tensors under COLUMNS's names."""
+        self.lr = learning_rate(self.args, self.step, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        self.log.add(time.perf_counter() - self.began, **values)
+        self.step += 1
+        self.done = self.progress()
+
+    def epoch_ends(self):
+        """Tell whether the last update ended an epoch or the run."""
+        return self.step % self.epoch_steps == 0 or self.done >= 1
+
+    def write_row(self, **values):
+        """Write a row of metrics.csv and show its most telling numbers."""
+        row = self.log.write(self.step, self.step / self.epoch_steps, self.minutes(), self.lr, **values)
+        shown = ("epoch", "energy_gap", "accuracy", "val_accuracy")
+        text = ", ".join(
+            f"{name} {row[name]:.3g}" if name == "energy_gap" else f"{name} {row[name]:.4g}" for name in shown if name in row
+        )
+        self.bar.set_postfix_str(text)
+        if not sys.stderr.isatty() and "val_accuracy" in row:
+            print(f"{self.phase}: minute {row['minutes']:.1f}, {text}", flush=True)
+
+    def save(self, checkpoint):
+        """Write the phase's checkpoint, and the curves: at the end, and before it no more often than they are looked at."""
+        runs.save_checkpoint(self.folder / CHECKPOINTS[self.phase], self.phase, **checkpoint)
+        if self.done >= 1 or time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
+            plots.save_curves(runs.read_metrics(self.folder / "metrics.csv"), self.folder / "curves.png")
+            self.drawn = time.perf_counter()
+
+    def state_dict(self):
+        """Return everything that a resumed run needs, as plain types and tensors."""
+        return {
+            "step": self.step,
+            "minutes": self.minutes(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "generator": self.generator.get_state(),
+            "log": self.log.state_dict(),
+        }
+
+    def _load(self, state):
+        """Take up the state of a run of the same settings."""
+        self.step, self.minutes_before = state["step"], state["minutes"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.generator.set_state(state["generator"].cpu())
+        self.log.load_state_dict(state["log"])
