@@ -181,27 +181,28 @@ def add_rerun_flags(group):
 
 
 def parse(parser, argv=None):
-    """Parse a command line with the preset of its --dataset as defaults.
+    """Parse a command line, for a script with --dataset with that data set's preset as defaults.
 
     The result also has `given`, the names of the flags that stand on the command line.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    peek = Parser(None)
-    peek.prog = parser.prog
-    for action in ("--dataset", "--arch"):
-        peek.add_argument(action)
-    wanted = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    preset = dict(PRESETS.get(wanted.dataset or "digits", PRESETS["digits"]))
-    if wanted.arch == "wide-resnet":
-        preset.update(WIDE_RESNET_SHAPE)
     names = vars(parser.parse_args([]))
     if "dataset" in names:
-        preset["out_dir"] = os.path.join("results", wanted.dataset or "digits")
-    parser.set_defaults(**{name: value for name, value in preset.items() if name in names and names[name] is None})
+        peek = Parser(None)
+        for action in ("--dataset", "--arch"):
+            peek.add_argument(action)
+        wanted = peek.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+        dataset = wanted.dataset if wanted.dataset in PRESETS else "digits"
+        preset = {**PRESETS[dataset], "out_dir": os.path.join("results", dataset)}
+        if wanted.arch == "wide-resnet":
+            preset.update(WIDE_RESNET_SHAPE)
+        parser.set_defaults(**{name: value for name, value in preset.items() if name in names})
     args = parser.parse_args(argv)
     absent = object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
     args.given = frozenset(name for name in names if getattr(marked, name) is not absent)
+    if args.dry_run and getattr(args, "resume", False):
+        parser.error("--dry-run keeps no file, so there is nothing for --resume to continue")
     if getattr(args, "max_minutes", None) and "epochs" not in args.given:
         args.epochs = None
     return args

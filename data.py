@@ -114,7 +114,7 @@ def _mnist_part(data_dir, train):
     except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:  # what its reader raises for broken files
         raise _damaged_mnist(data_dir) from error
     count = 60000 if train else 10000
-    in_range = part.targets.numel() and 0 <= part.targets.min() and part.targets.max() <= 9
+    in_range = part.targets.numel() and part.targets.min() >= 0 and part.targets.max() <= 9
     if part.data.shape != (count, 28, 28) or part.targets.shape != (count,) or not in_range:
         raise _damaged_mnist(data_dir)
     return Split(to_model(part.data.unsqueeze(1) / 255), part.targets)

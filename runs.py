@@ -93,6 +93,8 @@ class MetricsLog:
         self.path, self.phase = Path(path), phase
         self.sums, self.count, self.seconds = {}, 0, 0.0
         rows = read_metrics(self.path) if self.path.exists() else []
+        if rows and list(rows[0]) != list(COLUMNS):
+            raise UserError(f"{str(self.path)!r} is no metrics file of this project: name another folder with --out-dir")
         kept = [row for row in rows if row["phase"] != phase or (resumed_at is not None and int(row["step"]) <= resumed_at)]
         with open(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -228,9 +230,15 @@ def load_checkpoint(path, kind, device="cpu"):
 
 
 def load_model(state, device):
-    """Rebuild the network of a checkpoint from its model_config, with the weights that were kept."""
-    model = build_model(**state["model_config"]).to(device)
-    model.load_state_dict(state["model"])
+    """Rebuild the network of a checkpoint from its model_config, with the weights that were kept.
+
+    Raises UserError where the weights are not those of that network.
+    """
+    try:
+        model = build_model(**state["model_config"]).to(device)
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError("the checkpoint's weights do not fit its model_config: train it again, or name another") from error
     return model
 
 
@@ -262,7 +270,10 @@ def plain_arguments(args):
 def write_config(folder, phase, args, **resolved):
     """Record in config.json, under the phase's name, all that is needed to repeat a run; other phases' entries stay."""
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        config = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: move it away, or name another folder with --out-dir") from error
     config[phase] = {
         "arguments": plain_arguments(args),
         "resolved": {"threads": torch.get_num_threads(), **resolved},

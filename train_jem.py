@@ -70,6 +70,8 @@ def parse_args(argv=None):
         args.p_x_weight = 0.0
     if not args.p_x_weight and not args.p_xy_weight:
         parser.error("without --p-x-weight or --p-xy-weight there is no density to train: use train_classifier.py")
+    if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
+        parser.error("--pretrain-epochs has no use with --classifier or --from-scratch, which train no classifier")
     if args.batch_size > args.buffer_size:
         parser.error(
             f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}: each iteration draws a batch of chains"

@@ -10,7 +10,7 @@ SHARED = ROOT.parent / "shared" / "data"
 if SHARED.is_dir():
     os.environ.setdefault("SGLD_NRG_DATA", str(SHARED))
 
-TINY = ["--dataset", "digits", "--width", "8", "--epochs", "4", "--pretrain-epochs", "8", "--buffer-size", "200", "--warmup-steps", "20"]
+TINY = ["--dataset", "digits", "--width", "8", "--epochs", "4", "--buffer-size", "200", "--warmup-steps", "20"]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def tiny_run(tmp_path_factory):
     import train_jem
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    train_jem.main([*TINY, "--out-dir", str(folder)])
+    train_jem.main([*TINY, "--pretrain-epochs", "20", "--out-dir", str(folder)])
     return folder
 
 

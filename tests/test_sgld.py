@@ -183,9 +183,7 @@ def test_the_gradient_is_clipped_per_pixel_and_the_chain_clamped():
 
 def test_the_callback_sees_every_step_and_the_trajectory_holds_it():
     x, seen = torch.ones(3, 2), []
-    trajectory = run_chains(
-        quadratic(1.0), x, 4, 0.5, 0, callback=lambda *now: seen.append(now), return_trajectory=True
-    )
+    trajectory = run_chains(quadratic(1.0), x, 4, 0.5, 0, callback=lambda *now: seen.append(now), return_trajectory=True)
     assert trajectory.shape == (5, 3, 2)
     assert [step for step, _, _ in seen] == [0, 1, 2, 3]
     for step, chains, energies in seen:

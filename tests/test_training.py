@@ -1,0 +1,84 @@
+"""The plumbing of a training: order of the data, schedule, budget, averaging."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import TINY
+
+import train_jem
+from cli import UserError
+from training import Training, epoch_order, learning_rate
+
+
+def make_run(folder, dataset, *flags, **rest):
+    args = train_jem.parse_args([*TINY, "--precision", "float32", *flags])
+    return Training(args, dataset, folder, "jem", torch.device("cpu"), **rest)
+
+
+def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
+    first, second = epoch_order(50, 0, 0), epoch_order(50, 0, 1)
+    assert first.sort().values.tolist() == list(range(50)) and not torch.equal(first, second)
+    assert torch.equal(first, epoch_order(50, 0, 0)) and not torch.equal(first, epoch_order(50, 1, 0))
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing_on_a_half_cosine():
+    args = Namespace(lr=2.0, warmup_steps=4, lr_schedule="cosine")
+    assert [learning_rate(args, step, 0) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert learning_rate(args, 9, 0.5) == pytest.approx(1.0) and learning_rate(args, 9, 1) == pytest.approx(0)
+    assert learning_rate(Namespace(lr=2.0, warmup_steps=0, lr_schedule="constant"), 0, 0.9) == 2.0
+
+
+def test_batches_come_in_epochs_with_noise_of_the_given_size(tmp_path, digits):
+    run = make_run(tmp_path, digits, "--epochs", "1", "--input-noise", "0.5", "--batch-size", "100")
+    seen, noise = [], []
+    for images, labels in run.batches():
+        order = epoch_order(1257, 0, 0)[run.step * 100 : (run.step + 1) * 100]
+        assert torch.equal(labels, digits.train.labels[order])
+        seen.append(order)
+        noise.append(images - digits.train.images[order])
+        run.update(run.model(images).sum() * 0)
+    assert len(seen) == 12 and len(torch.cat(seen).unique()) == 1200
+    noise = torch.cat(noise)
+    assert abs(noise.std() / 0.5 - 1) < 5 * (2 * noise.numel()) ** -0.5
+
+
+def test_a_budget_of_minutes_ends_a_run_with_the_schedule_complete(tmp_path, digits, monkeypatch):
+    clock = iter(range(10_000))
+    run = make_run(tmp_path, digits, "--max-minutes", "10", max_minutes=10)
+    monkeypatch.setattr(run, "minutes", lambda: next(clock) / 2)
+    rates = []
+    for images, _ in run.batches():
+        run.update(run.model(images).square().mean())
+        rates.append(run.lr)
+    assert len(rates) == 20 and rates[-1] < 0.05 * max(rates) and run.done == 1
+
+
+def test_epochs_and_minutes_together_end_with_whichever_comes_first(tmp_path, digits):
+    run = make_run(tmp_path, digits, "--epochs", "2", "--max-minutes", "1000", max_minutes=1000)
+    run.step = run.epoch_steps
+    assert run.progress() == 0.5
+    assert train_jem.parse_args(["--max-minutes", "3"]).epochs is None
+
+
+def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
+    run = make_run(tmp_path, digits, "--ema-decay", "0.9", "--epochs", "1")
+    bias, expected = run.model.head.bias, None
+    for _ in zip(range(5), run.batches(), strict=False):
+        run.update(bias.sum())
+        expected = bias.detach().clone() if expected is None else 0.9 * expected + 0.1 * bias.detach()
+    torch.testing.assert_close(run.averaged.head.bias.detach(), expected)
+    assert make_run(tmp_path, digits, "--ema-decay", "0").averaged.__class__.__name__ == "SmallCNN"
+
+
+def test_the_norm_of_the_weight_gradient_is_clipped(tmp_path, digits):
+    run = make_run(tmp_path, digits, "--max-grad-norm", "0.5", "--optimizer", "sgd", "--epochs", "1")
+    for images, _ in zip(run.batches(), range(1), strict=False):
+        run.update(1000 * run.model(images[0]).square().sum())
+    norm = sum(parameter.grad.square().sum() for parameter in run.model.parameters()) ** 0.5
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, digits):
+    with pytest.raises(UserError, match="1257 training images"):
+        make_run(tmp_path, digits, "--batch-size", "2000", "--buffer-size", "2000")
