@@ -47,6 +47,9 @@ def exits_cleanly(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        global START
+        if argv is not None:  # called from Python: the clock starts now
+            START = time.perf_counter()
         try:
             return main(argv)
         except UserError as error:

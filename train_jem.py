@@ -237,6 +237,8 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
     if resumed:
         buffer.load_state_dict(resumed["buffer"])
     else:
+        for old in folder.glob("grids/epoch-*.png"):
+            old.unlink()  # of a run that is being overwritten
         save_grids(run, buffer)
 
     for images, labels in run.batches():
@@ -268,7 +270,6 @@ def make_checkpoint(run, buffer):
         "restart": buffer.restart.state_dict(),
         "buffer": buffer.state_dict(),
         "conditional": run.args.p_xy_weight > 0,
-        "precision": run.precision,
         "args": runs.plain_arguments(run.args),
         "finished": run.done >= 1,
         "training": run.state_dict(),
@@ -304,8 +305,8 @@ def starting_weights(args, dataset, folder, device):
     wanted = runs.model_config_from(args, dataset)
     if checkpoint["model_config"] != wanted or checkpoint["dataset"] != dataset.name:
         raise UserError(
-            f"the classifier {str(path)!r} was trained on {checkpoint['dataset']} with {checkpoint['model_config']}, and this run "
-            f"is for {dataset.name} with {wanted}: give the same --arch, --width and --depth, or another --classifier"
+            f"the classifier {str(path)!r} was trained on {checkpoint['dataset']} with {checkpoint['model_config']}, and this "
+            f"run is for {dataset.name} with {wanted}: give the same --arch, --width and --depth, or another --classifier"
         )
     return checkpoint["model"]
 

@@ -57,7 +57,7 @@ def test_a_file_that_is_no_jem_is_refused_by_name_and_never_executed(tmp_path, c
         torch.save({"state_dict": {}}, path)
     else:
         runs.save_checkpoint(path, "classifier", model={})
-    with pytest.raises(UserError, match="some file é.pt"):
+    with pytest.raises(UserError, match=r"some file é\.pt"):
         runs.load_checkpoint(path, "jem")
     assert not (tmp_path / "exploded").exists()
 

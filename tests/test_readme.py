@@ -1,0 +1,65 @@
+"""Every command of the README parses, the quick ones run, and its Python runs."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()
+COMMANDS = sorted(
+    {
+        part.strip()
+        for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+        for part in line.split("&&")
+    }
+)
+SCRIPTS = [command for command in COMMANDS if command.startswith("python ")]
+
+
+def parse(command):
+    script, *flags = shlex.split(command)[1:]
+    module = importlib.import_module(script.removesuffix(".py"))
+    if hasattr(module, "parse_args"):
+        return module, flags, module.parse_args(flags)
+    return module, flags, importlib.import_module("cli").parse(module.build_parser(), flags)
+
+
+def test_the_readme_has_the_two_commands_at_its_top():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert blocks[0].strip() == "pip install -r requirements.txt && python train_jem.py"
+    assert blocks[1].strip() == "pip install -r requirements.txt && pytest"
+
+
+def test_every_other_command_is_one_that_these_tests_know():
+    known = ("python ", "pip install", "pytest", "cp results/")
+    assert len(SCRIPTS) > 8 and all(command.startswith(known) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_command_of_the_readme_parses(command):
+    _, _, args = parse(command)
+    assert args.out_dir
+
+
+@pytest.mark.parametrize("command", [command for command in SCRIPTS if "mnist" not in command])
+def test_a_command_on_the_digits_runs(command, tiny_run, tmp_path, capsys):
+    module, flags, args = parse(command)
+    if hasattr(args, "checkpoint"):
+        flags += ["--checkpoint", str(tiny_run / "jem.pt")]
+    if "--dry-run" not in flags:
+        flags.append("--dry-run")
+    module.main([*flags, "--out-dir", str(tmp_path / "nothing")])
+    assert "dry run" in capsys.readouterr().out and not (tmp_path / "nothing").exists()
+
+
+def test_the_python_of_the_readme_samples_both_wells(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    end = scope["end"]
+    assert capsys.readouterr().out.startswith("tensor(")
+    assert 0.4 < (end[:, 0] > 0).float().mean() < 0.6
+    assert abs(end[:, 1].var() - 1) < 5 * (2 / len(end)) ** 0.5 + 0.05
