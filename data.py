@@ -1,4 +1,4 @@
-"""Data sets, held in memory as tensors; their splits; pixel scaling and its inverse.
+"""Data sets, held in memory as tensors; their splits; pixel scaling and its inverse; out-of-distribution sets.
 
 A batch costs one index and no worker process. Pixels are float32 on [-1, 1] everywhere inside the project and on
 [0, 1] in files that leave it.
@@ -12,10 +12,14 @@ The splits are drawn once with a fixed seed, stratified by class: --seed does no
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.nn.functional import interpolate
 
 from cli import UserError
 
@@ -124,3 +128,124 @@ def _damaged_mnist(data_dir):
     return UserError(
         f"the MNIST files under {str(data_dir)!r} are damaged: delete the folder MNIST there and run again to download them"
     )
+
+
+# Out-of-distribution sets. Each is a tensor of images shaped like the model's, pixels in [-1, 1].
+
+GENERATED = {
+    "uniform-noise": lambda images, generator: torch.rand(images.shape, generator=generator) * 2 - 1,
+    "gaussian-noise": lambda images, generator: (torch.randn(images.shape, generator=generator) / 2).clamp(-1, 1),
+    "constant": lambda images, generator: (torch.rand(len(images), 1, 1, 1, generator=generator) * 2 - 1).expand_as(images),
+    "interpolations": lambda images, generator: (images + images[torch.randperm(len(images), generator=generator)]) / 2,
+    "rotated": lambda images, generator: images.rot90(1, (2, 3)),
+    "inverted": lambda images, generator: -images,
+    "permuted": lambda images, generator: permute_pixels(images, generator),
+}
+# name: (class in torchvision.datasets, its keyword arguments)
+TORCHVISION = {
+    "fashion-mnist": ("FashionMNIST", {"train": False}),
+    "kmnist": ("KMNIST", {"train": False}),
+    "emnist-letters": ("EMNIST", {"train": False, "split": "letters"}),
+    "omniglot": ("Omniglot", {"background": False}),
+    "svhn": ("SVHN", {"split": "test"}),
+    "cifar10": ("CIFAR10", {"train": False}),
+}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def permute_pixels(images, generator):
+    """Apply one random permutation to the pixels of all images (N, C, H, W)."""
+    order = torch.randperm(images[0, 0].numel(), generator=generator)
+    return images.flatten(2)[:, :, order].view_as(images)
+
+
+def load_ood(name, images, data_dir, limit, generator, download=False):
+    """Load an out-of-distribution set in the shape of a test set's images.
+
+    name: a key of GENERATED (made from `images`), a key of TORCHVISION (test part, looked for under data_dir), or the
+    path of an .npz or .npy file of images or of a folder of image files. images: (N, C, H, W) float, pixels in
+    [-1, 1], of the test set. limit: images at most, drawn at random. download: fetch a missing torchvision set.
+    Returns (images (n, C, H, W) float in [-1, 1], what was done to them in words). Raises UserError where the name
+    means nothing, the data cannot be read, or a torchvision set is missing.
+    """
+    if name in GENERATED:
+        made = GENERATED[name](images, generator)
+        return made[torch.randperm(len(made), generator=generator)[:limit]].contiguous(), "made from the test images' shape"
+    if name in TORCHVISION:
+        arrays = _torchvision_images(name, data_dir, download)
+    elif Path(name).is_dir():
+        arrays = [file for file in sorted(Path(name).rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not arrays:
+            raise UserError(f"the folder {name!r} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+    elif Path(name).is_file():
+        arrays = _array_file(Path(name))
+    else:
+        known = ", ".join([*GENERATED, *TORCHVISION])
+        raise UserError(f"--ood {name!r} is neither a file, nor a folder, nor one of {known}")
+    chosen = torch.randperm(len(arrays), generator=generator)[:limit].sort().values.tolist()
+    return _fit_shape([arrays[index] for index in chosen], images.shape[1:], name)
+
+
+def _torchvision_images(name, data_dir, download):
+    """Return the raw images of a torchvision data set. Raises UserError where it is not there."""
+    import torchvision.datasets
+
+    kind, settings = TORCHVISION[name]
+    try:
+        part = getattr(torchvision.datasets, kind)(data_dir, download=download, **settings)
+    except Exception as error:  # each of the six raises in its own way
+        raise UserError(f"{name} is not under {str(data_dir)!r}; --download fetches it where there is a network") from error
+    if kind == "Omniglot":
+        return [part[index][0] for index in range(len(part))]
+    return part.data
+
+
+def _array_file(path):
+    """Return the images (N, ...) of an .npz (its `images`, or its only array) or .npy file, without unpickling anything."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            key = "images" if "images" in loaded.files else loaded.files[0] if len(loaded.files) == 1 else None
+            if key is None:
+                raise UserError(f"{str(path)!r} has the arrays {', '.join(loaded.files)}: call one of them 'images'")
+            loaded = loaded[key]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{str(path)!r} is no .npz or .npy file of images ({error}): name another with --ood") from error
+    if loaded.ndim not in (3, 4) or not len(loaded) or loaded.dtype.kind not in "uif" or not np.isfinite(loaded).all():
+        raise UserError(
+            f"{str(path)!r} holds {loaded.dtype} of shape {loaded.shape}: images must be finite numbers of shape "
+            "(N, H, W), (N, C, H, W) or (N, H, W, C)"
+        )
+    if loaded.dtype != np.uint8 and not 0 <= loaded.min() <= loaded.max() <= 1:
+        if loaded.min() < 0 or loaded.max() > 255:
+            raise UserError(f"{str(path)!r} has pixels from {loaded.min()} to {loaded.max()}: bring them to [0, 1] or 0..255")
+        loaded = loaded / 255
+    return loaded
+
+
+def _fit_shape(arrays, shape, name):
+    """Bring images (arrays, PIL images or files) to a shape (C, H, W), pixels in [-1, 1]; returns them and what was done."""
+    channels, height, width = shape
+    done, fitted = set(), []
+    for array in arrays:
+        if isinstance(array, Path):
+            try:
+                with Image.open(array) as picture:
+                    array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+                done.add(f"read as {'grey' if channels == 1 else 'colour'}")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{str(array)!r} cannot be read as an image: remove it from {name!r}") from error
+        image = torch.as_tensor(np.array(array, copy=True))
+        image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        if image.ndim == 2:
+            image = image.unsqueeze(0)
+        elif image.shape[2] in (1, 3) and image.shape[0] not in (1, 3):
+            image = image.permute(2, 0, 1)
+        if image.shape[0] != channels:
+            image = image.mean(0, keepdim=True).expand(channels, -1, -1)
+            done.add("colour averaged to grey" if channels == 1 else "grey repeated over the channels")
+        if image.shape[1:] != (height, width):
+            done.add(f"resized from {image.shape[1]}x{image.shape[2]}" if len(done) < 4 else "resized from other sizes")
+            image = interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
+        fitted.append(image)
+    return to_model(torch.stack(fitted)), ", ".join(sorted(done)) or "as it is"

@@ -12,6 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.metrics import roc_curve
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -19,6 +21,8 @@ from torchvision.utils import make_grid
 from data import to_unit
 
 DATA_COLOUR, CHAIN_COLOUR, NEUTRAL = "#0072B2", "#D55E00", "#555555"
+SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MODEL_COLOURS = {"jem": CHAIN_COLOUR, "classifier": DATA_COLOUR}
 
 
 def save_grid(images, path, columns=8):
@@ -49,7 +53,7 @@ def save_curves(rows, path):
     panels = [panel for panel in panels if any(row[name] for row in rows for name, _, _ in panel[1])]
     columns = 3 if len(panels) > 2 else len(panels)
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.7 * lines), squeeze=False, layout="constrained")
+    figure, axes = _panels(lines, columns, 3.6, 2.7)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     change = next((float(row["minutes"]) for row in rows if row["phase"] == "jem"), None) if rows[0]["phase"] != "jem" else None
@@ -70,6 +74,144 @@ def save_curves(rows, path):
         axis.grid(alpha=0.3)
         if curves[0][1]:
             axis.legend(fontsize=8)
+    _finish(figure, path)
+
+
+def save_reliability(classification, path):
+    """Draw the reliability diagram with its histogram for each model (see metrics.calibration), before scaling."""
+    figure, axes = _panels(2, len(classification), 3.6, 2.4)
+    for (name, found), (upper, lower) in zip(classification.items(), axes.T, strict=True):
+        rows = found["calibration"]["reliability"]
+        used = [row for row in rows if row["count"]]
+        upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", linewidth=1)
+        upper.plot(
+            [row["confidence"] for row in used], [row["accuracy"] for row in used], marker="o", color=MODEL_COLOURS[name]
+        )
+        ece = found["calibration"]["ece"]
+        upper.set(title=f"{name}: ECE {100 * ece:.2f} %", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        centres, width = [(row["low"] + row["high"]) / 2 for row in rows], rows[0]["high"] - rows[0]["low"]
+        lower.bar(centres, [row["count"] for row in rows], width=0.9 * width, color=MODEL_COLOURS[name])
+        lower.set(xlabel="confidence", ylabel="test images", yscale="log", xlim=(0, 1))
+    _finish(figure, path)
+
+
+def save_confusion(matrix, path):
+    """Draw a confusion matrix (K rows of true classes), the numbers in it, mistakes shaded on their own scale."""
+    size = len(matrix)
+    figure, axes = _panels(1, 1, 4.6, 4.2)
+    axis = axes[0, 0]
+    mistakes = [[0 if row == column else matrix[row][column] for column in range(size)] for row in range(size)]
+    axis.imshow(mistakes, cmap="Oranges")
+    for row in range(size):
+        for column in range(size):
+            axis.text(column, row, matrix[row][column] or "", ha="center", va="center", fontsize=7)
+    axis.set(xlabel="predicted class", ylabel="true class", xticks=range(size), yticks=range(size), title="jem, test images")
+    _finish(figure, path)
+
+
+def save_score_histograms(scored, path):
+    """Draw histograms of the out-of-distribution scores of a model: a row for each set, a column for each score.
+
+    scored: {set: {score: (N,) array}} with the test set first; it is drawn in blue behind each other set.
+    """
+    inside, *names = scored
+    figure, axes = _panels(len(names), len(scored[inside]), 3.0, 1.25)
+    for row, name in enumerate(names):
+        for axis, (score, values) in zip(axes[row], scored[name].items(), strict=True):
+            low, high = (float(f(f(values), f(scored[inside][score]))) for f in (min, max))
+            edges = [low + (high - low or 1) * step / 40 for step in range(41)]
+            for data, colour in ((scored[inside][score], DATA_COLOUR), (values, CHAIN_COLOUR)):
+                axis.hist(data, bins=edges, density=True, color=colour, alpha=0.6)
+            axis.set(yticks=[])
+            if row == 0:
+                axis.set_title(score)
+            if score == next(iter(scored[name])):
+                axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    figure.supxlabel("score, high = out of distribution; blue: test set, vermilion: the set named at the left", fontsize=9)
+    _finish(figure, path)
+
+
+def save_roc_curves(scored, path):
+    """Draw ROC curves: a row for each model, a column for each score, a line for each out-of-distribution set.
+
+    scored: {model: {set: {score: (N,) array}}} with the test set first.
+    """
+    figure, axes = _panels(len(scored), len(next(iter(next(iter(scored.values())).values()))), 3.0, 2.6)
+    for line, (model, sets) in zip(axes, scored.items(), strict=True):
+        inside, *names = sets
+        for axis, score in zip(line, sets[inside], strict=True):
+            for index, name in enumerate(names):
+                values = np.r_[sets[inside][score], sets[name][score]]
+                truth = np.r_[np.zeros(len(sets[inside][score])), np.ones(len(sets[name][score]))]
+                rates = roc_curve(truth, values)[:2]
+                style = ("-", "--", ":")[index // len(SERIES_COLOURS) % 3]
+                axis.plot(*rates, color=SERIES_COLOURS[index % len(SERIES_COLOURS)], linestyle=style, label=name, linewidth=1.2)
+            axis.set(title=f"{model}: {score}", xlabel="test images flagged", ylabel="other images flagged")
+    axes[0, -1].legend(fontsize=7, loc="lower right")
+    _finish(figure, path)
+
+
+def save_robustness(curves, path):
+    """Draw accuracy against epsilon with bootstrap 95 % bands: a panel for each norm, a line for each model.
+
+    curves: {norm: {model: [{"epsilon", "accuracy", "interval"}, ...]}}.
+    """
+    figure, axes = _panels(1, len(curves), 4.2, 3.0)
+    for axis, (norm, models) in zip(axes[0], curves.items(), strict=True):
+        for index, (name, rows) in enumerate(models.items()):
+            colour = MODEL_COLOURS.get(name, SERIES_COLOURS[2 + index % 4])
+            epsilons = [row["epsilon"] for row in rows]
+            axis.plot(epsilons, [row["accuracy"] for row in rows], marker="o", color=colour, label=name)
+            axis.fill_between(epsilons, *zip(*[row["interval"] for row in rows], strict=True), color=colour, alpha=0.2)
+        title = "L∞" if norm == "linf" else "L2"
+        axis.set(
+            title=f"PGD, {title}",
+            xlabel=f"ε ({title} norm, pixels on [0, 1])",
+            ylabel="accuracy under attack",
+            ylim=(-0.02, 1.02),
+        )
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    _finish(figure, path)
+
+
+def save_distances(distances, path):
+    """Draw histograms of distances to the nearest training image: {kind: (N,) tensor}, pixels on [-1, 1]."""
+    figure, axes = _panels(1, 1, 5.2, 3.0)
+    colours = {"test images": DATA_COLOUR, "fresh": CHAIN_COLOUR, "buffer": SERIES_COLOURS[4]}
+    for kind, values in distances.items():
+        axes[0, 0].hist(
+            values.cpu().numpy(), bins=40, histtype="step", linewidth=1.5, density=True, label=kind, color=colours[kind]
+        )
+    axes[0, 0].set(xlabel="L2 distance to the nearest training image, pixels on [-1, 1]", ylabel="density")
+    axes[0, 0].legend(fontsize=8)
+    _finish(figure, path)
+
+
+def save_chains(energies, correlation, displacements, saturated, path):
+    """Draw what fresh chains do: energies (chains, steps), autocorrelation by lag, displacement and saturation by step."""
+    figure, axes = _panels(1, 4, 3.0, 2.6)
+    low, middle, high = energies.double().quantile(energies.new_tensor([0.05, 0.5, 0.95]).double(), dim=0)
+    axes[0, 0].fill_between(range(len(middle)), low, high, color=CHAIN_COLOUR, alpha=0.25, label="5 to 95 %")
+    axes[0, 0].plot(middle, color=CHAIN_COLOUR, label="median")
+    axes[0, 0].set(title="energy E(x)", xlabel="Langevin step")
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].plot(correlation, color=CHAIN_COLOUR)
+    axes[0, 1].set(title="autocorrelation of E", xlabel="lag [steps]")
+    axes[0, 2].plot(range(1, len(displacements)), displacements[1:], color=CHAIN_COLOUR)
+    axes[0, 2].set(title="displacement of a step (L2)", xlabel="Langevin step", ylim=(0, None))
+    axes[0, 3].plot(saturated, color=CHAIN_COLOUR)
+    axes[0, 3].set(title="share of saturated pixels", xlabel="Langevin step", ylim=(0, 1))
+    _finish(figure, path)
+
+
+def _panels(rows, columns, width, height):
+    """Return a figure and its axes (rows, columns), each panel width x height inches."""
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+
+
+def _finish(figure, path):
+    """Write a figure and close it."""
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
 

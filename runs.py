@@ -82,6 +82,16 @@ def chain_energy(model, device, precision):
     return energy_of
 
 
+def chain_settings(checkpoint):
+    """Return the keyword arguments of sgld.run_chains that a JEM was trained with, the number of steps apart."""
+    return {name: value for name, value in checkpoint["sgld"].items() if name != "steps"}
+
+
+def fresh_steps(checkpoint):
+    """Return the Langevin steps that a fresh chain takes unless told otherwise: three times those of the training."""
+    return 3 * checkpoint["sgld"]["steps"]
+
+
 class MetricsLog:
     """metrics.csv of a run: values are added every iteration and written as means, a row at a time.
 
@@ -277,15 +287,20 @@ def write_config(folder, phase, args, **resolved):
     config[phase] = {
         "arguments": plain_arguments(args),
         "resolved": {"threads": torch.get_num_threads(), **resolved},
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
+        "packages": package_versions(),
+        "git_commit": git_commit(),
     }
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(temporary, path)
 
 
-def _git_commit():
+def package_versions():
+    """Return the versions of the packages that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit():
     """Return the commit this code is at, with a + where files differ from it, or None outside a checkout."""
     here = Path(__file__).parent
     try:

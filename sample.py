@@ -99,7 +99,7 @@ def chain_blocks(checkpoint, args, device):
     """
     model = runs.load_model(checkpoint, device)
     energy_of = runs.chain_energy(model, device, runs.pick_precision(args.precision, device))
-    settings = {name: value for name, value in checkpoint["sgld"].items() if name != "steps"}
+    settings = runs.chain_settings(checkpoint)
     settings.update({name: getattr(args, name) for name in ("step_size", "noise_std") if name in args.given})
     restart = restart_from_state(checkpoint["restart"], device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -171,7 +171,7 @@ def check_against_checkpoint(args, checkpoint):
             "the chains of this replay buffer have no class (it was trained without --p-xy-weight): use --source fresh"
         )
     if args.steps is None:
-        args.steps = 3 * checkpoint["sgld"]["steps"] if args.source == "fresh" else 0
+        args.steps = runs.fresh_steps(checkpoint) if args.source == "fresh" else 0
     if args.dry_run:
         args.num, args.steps = max(DRY_RUN["num"], len(args.class_label or ())), min(DRY_RUN["steps"], args.steps)
 
