@@ -93,7 +93,7 @@ def refined(energy_of, logits_of, *, steps, step_size, noise_std, pixel_grad_cli
     Raises ValueError for unusable settings. Source: arXiv 1912.03263, section 5.4, without its averaging over chains,
     for which see `samples` of `pgd`.
     """
-    sgld._check(steps, step_size, noise_std, pixel_grad_clip, clamp, None)  # here rather than at the first call
+    sgld.check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, None)  # here rather than at the first call
     settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp, "generator": generator}
 
     def refined_logits(x):

@@ -28,7 +28,7 @@ PRESETS = {
     },
     "mnist": {
         "arch": "small-cnn", "width": 16, "depth": 3,
-        "epochs": 10, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
+        "epochs": 8, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
         "input_noise": 0.05, "p_x_weight": 0.1, "energy_reg": 0.001,
         "steps": 10, "step_size": 1.0, "noise_std": 0.1, "pixel_grad_clip": 1.0,
         "buffer_size": 10000, "reinit_prob": 0.05,

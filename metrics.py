@@ -7,8 +7,6 @@ AUROC. scikit-learn ranks, because torchmetrics' AUROC squashes scores outside [
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score, roc_curve
@@ -29,10 +27,10 @@ def _finite(values, name, dimensions=None):
 
 
 def _labels(labels, num_classes):
-    """Return labels as an int64 tensor (N,) on the CPU, or raise ValueError where one is not in 0..num_classes-1."""
+    """Return labels as an int64 tensor (N,) on the CPU, or raise ValueError for others than 0..num_classes-1."""
     labels = _finite(labels, "labels", 1).cpu()
-    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels must be integers in 0..{num_classes - 1}")
+    if num_classes < 2 or labels.is_floating_point() or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be integers in 0..{num_classes - 1}, of 2 or more classes")
     return labels.long()
 
 
@@ -40,8 +38,8 @@ def _logits_and_labels(logits, labels):
     """Return float64 logits (N, K), K >= 2, and int64 labels (N,) on the CPU, or raise ValueError."""
     logits = _finite(logits, "logits", 2).cpu().double()
     labels = _labels(labels, logits.shape[1])
-    if len(labels) != len(logits) or logits.shape[1] < 2:
-        raise ValueError(f"logits must be (N, K), K >= 2, and labels (N,); got {tuple(logits.shape)}, {tuple(labels.shape)}")
+    if len(labels) != len(logits):
+        raise ValueError(f"logits must be (N, K) and labels (N,); got {tuple(logits.shape)} and {tuple(labels.shape)}")
     return logits, labels
 
 
@@ -79,9 +77,8 @@ def _reliability(confidence, correct, bins):
     for index in range(bins):
         inside = indices == index
         count = int(inside.sum())
-        means = [values[inside].mean().item() if count else None for values in (confidence, correct)]
-        low, high = index / bins, (index + 1) / bins
-        rows.append({"low": low, "high": high, "count": count, "confidence": means[0], "accuracy": means[1]})
+        p, right = (values[inside].mean().item() if count else None for values in (confidence, correct))
+        rows.append({"low": index / bins, "high": (index + 1) / bins, "count": count, "confidence": p, "accuracy": right})
     return rows
 
 
@@ -105,15 +102,14 @@ def calibration(logits, labels, bins=15):
     below, as {"low", "high", "count", "confidence", "accuracy"}, the last two None where the count is 0.
     """
     logits, labels = _logits_and_labels(logits, labels)
-    classes = logits.shape[1]
     # torchmetrics gives a confidence of 1 in float32 a bin of its own; the largest float32 below 1 is in the last bin
     probabilities = logits.softmax(1).clamp_max(1 - 2**-24)
     confidence, predictions = probabilities.max(1)
     correct = (predictions == labels).double()
     return {
-        "ece": multiclass_calibration_error(probabilities, labels, classes, n_bins=bins, norm="l1").item(),
+        "ece": multiclass_calibration_error(probabilities, labels, logits.shape[1], n_bins=bins, norm="l1").item(),
         "adaptive_ece": _adaptive_ece(confidence, correct, bins),
-        "mce": multiclass_calibration_error(probabilities, labels, classes, n_bins=bins, norm="max").item(),
+        "mce": multiclass_calibration_error(probabilities, labels, logits.shape[1], n_bins=bins, norm="max").item(),
         "bins": bins,
         "reliability": _reliability(confidence, correct, bins),
     }
@@ -128,10 +124,9 @@ def fit_temperature(logits, labels):
     """
     logits, labels = _logits_and_labels(logits, labels)
     logits = logits - logits.gather(1, labels[:, None])  # about the true class, whose term of the slope is then 0
-    low, high = 0.01, 100.0
-    slope_low, slope_high = (((logits / t).softmax(1) * logits).sum(1).mean() for t in (low, high))  # dNLL / d(1/T)
+    slope_low, slope_high = (((logits / t).softmax(1) * logits).sum(1).mean() for t in (0.01, 100))  # dNLL / d(1/T)
     if slope_low <= 0 or slope_high > 0:  # exactly 0 where every image is right and the rest underflows
-        return low if slope_low <= 0 else high
+        return 0.01 if slope_low <= 0 else 100.0
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     settings = {"max_iter": 200, "tolerance_grad": 1e-12, "tolerance_change": 1e-14}
     optimiser = torch.optim.LBFGS([log_t], line_search_fn="strong_wolfe", **settings)
@@ -142,7 +137,7 @@ def fit_temperature(logits, labels):
         return nll
 
     optimiser.step(closure)
-    return min(max(log_t.exp().item(), low), high)
+    return log_t.exp().item()
 
 
 def detection(scores_in, scores_out, name):
@@ -153,7 +148,7 @@ def detection(scores_in, scores_out, name):
     call in-distribution positive keep 95 % of those instead). All in 0..1.
     Source: Hendrycks and Gimpel 2017, arXiv 1610.02136; for fpr95 Liang et al. 2018, arXiv 1706.02690.
     scores_in: (N,), scores_out: (M,) float, unbounded; name: of the score, for the ValueError where one is not finite.
-    Returns {"auroc", "average_precision", "fpr95", "n_in", "n_out"}.
+    Returns {"auroc", "average_precision", "fpr95", "n_in": N, "n_out": M}.
     """
     inside = _finite(scores_in, f"{name} in distribution", 1).cpu().double()
     outside = _finite(scores_out, f"{name} out of distribution", 1).cpu().double()
@@ -202,8 +197,7 @@ def frechet_distance(features_a, features_b):
     """Return the Fréchet distance of Gaussians fitted to two sets of features, in squared units of the features.
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S over N - 1; >= 0, what rounding puts below is 0. Comparable
-    for one feature network and one N only: it is biased upwards, the more the smaller N.
-    Source: Heusel et al. 2017, arXiv 1706.08500, there of Inception features and called FID.
+    for one feature network and N only, being biased upwards at small N. Source: Heusel et al. 2017, arXiv 1706.08500.
     features_a: (N, D), features_b: (M, D) float, N and M >= 2. Raises ValueError for others.
     """
     features_a, features_b = (features.cpu() for features in _two_feature_sets(features_a, features_b, least=2))
@@ -219,8 +213,7 @@ def precision_recall(features_real, features_fake, k=3, chunk=1000):
     """Return the share of fakes on the manifold of the real (precision) and of real on that of the fakes (recall).
 
     A point is on a set's manifold if it is as near to some member as that member's k-th nearest other member:
-    precision = mean over fakes of [exists r: |fake - r| <= radius_k(r)]; recall the other way round.
-    Source: Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2.
+    precision = mean over fakes of [exists r: |fake - r| <= radius_k(r)]. Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
     features_real: (N, D), features_fake: (M, D) float, N and M > k >= 1. chunk: rows of distances held at once.
     Returns {"precision": 0..1, "recall": 0..1}. Raises ValueError for other features or k.
     """
@@ -243,10 +236,8 @@ def class_histogram(labels, num_classes):
 
     labels: (N,) int in 0..K-1; num_classes: K >= 2. ValueError for others. Returns {"counts": K ints, "entropy": 0..1}.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be 2 or more; got {num_classes}")
     counts = torch.bincount(_labels(labels, num_classes), minlength=num_classes)
-    entropy = torch.special.entr(counts.double() / counts.sum()).sum() / math.log(num_classes)
+    entropy = torch.special.entr(counts.double() / counts.sum()).sum() / np.log(num_classes)
     return {"counts": counts.tolist(), "entropy": min(entropy.item(), 1.0)}
 
 
@@ -279,7 +270,7 @@ def nearest(images, pool, chunk=500):
 def split_rhat(series):
     """Return split R-hat: near 1 where the halves of all chains agree in their mean, above where not.
 
-    sqrt(((n - 1) / n W + B / n) / W) over the halves, of n draws each; W: mean of their variances, B / n: variance of
+    sqrt((n - 1) / n + (B / n) / W) over the halves, of n draws each; W: mean of their variances, B / n: variance of
     their means, both over N - 1. The middle one of an odd number of draws is left out. Source: Gelman et al.,
     "Bayesian Data Analysis", 3rd ed., section 11.4; Vehtari et al. 2021, arXiv 1903.08008, without rank normalisation.
     series: (chains, draws) float, 4 or more draws. Raises ValueError for others and where no chain moves.
@@ -289,9 +280,7 @@ def split_rhat(series):
     halves = torch.cat([series[:, :half], series[:, -half:]])
     if half < 2 or (halves == halves[:, :1]).all():
         raise ValueError(f"series: split R-hat needs 4 or more draws and a chain that moves; got {tuple(series.shape)}")
-    within = halves.var(1).mean()
-    between = halves.mean(1).var()
-    return (((half - 1) / half * within + between) / within).sqrt().item()
+    return ((half - 1) / half + halves.mean(1).var() / halves.var(1).mean()).sqrt().item()
 
 
 def autocorrelation(series, max_lag):
@@ -299,8 +288,7 @@ def autocorrelation(series, max_lag):
 
     rho_k = sum_t (x_t - m)(x_{t+k} - m) / sum_t (x_t - m)^2, in -1..1; rho_0 = 1. As usual not corrected for the k
     missing terms or for m being estimated, which lower it by about max(k, correlation time) / draws.
-    series: (chains, draws) float; max_lag: 0..draws-1. Returns max_lag + 1 floats.
-    Raises ValueError where a value is not finite, max_lag is out of range, or a chain never moves.
+    series: (chains, draws) float; max_lag: 0..draws-1. Raises ValueError for others and where a chain never moves.
     """
     series = _finite(series, "series", 2).cpu().double()
     draws = series.shape[1]

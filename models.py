@@ -18,7 +18,7 @@ ARCHITECTURES = ("small-cnn", "wide-resnet")
 def energy(logits):
     """Return the marginal energy E(x) = -logsumexp_y f(x)[y].
 
-    logits: (N, K) float. Returns (N,) float; low means likely. Source: arXiv 1912.03263, equation 6.
+    logits: (N, K) float. Returns (N,) float; low means likely. Source: arXiv 1912.03263, equation 7.
     """
     return -logits.logsumexp(1)
 

@@ -4,7 +4,7 @@ An energy is a callable x -> (N,), low where x is likely. Langevin dynamics *des
 
     x <- x - step_size * dE/dx + noise_std * eps,    eps ~ N(0, I)
 
-which is equation 2 of arXiv 1912.03263 with the two scales set apart, as that paper's experiments do. The chains
+which is equation 3 of arXiv 1912.03263 with the two scales set apart, as that paper's experiments do. The chains
 sample exp(-E / T) at the temperature T = noise_std**2 / (2 * step_size); T = 1 is the textbook choice.
 
 This file needs torch alone and knows nothing of the rest of the project.
@@ -109,7 +109,7 @@ def run_chains(
     Returns (N, ...) float, detached. Raises ValueError for unusable settings and FloatingPointError, with the step,
     where an energy or the chains stop being finite.
     """
-    _check(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size)
+    check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size)
     if module is None and isinstance(energy, torch.nn.Module):
         module = energy
     x = x.detach()
@@ -135,7 +135,7 @@ def run_chains(
     return torch.stack(trajectory) if return_trajectory else x
 
 
-def _check(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size):
+def check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size):
     """Refuse settings that cannot mean anything."""
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, not {steps}")

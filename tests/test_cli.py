@@ -8,7 +8,7 @@ import pytest
 
 import cli
 
-SCRIPTS = ("train_classifier", "train_jem", "sample")
+SCRIPTS = ("train_classifier", "train_jem", "sample", "evaluate")
 
 
 def parser_of(name):

@@ -86,6 +86,12 @@ def test_reliability_bins_are_those_of_a_loop_over_the_images():
     assert rows[0]["count"] == 0  # five classes: the largest probability is at least 1/5
 
 
+def test_a_confidence_on_an_edge_is_in_the_bin_above():
+    rows = metrics.calibration(torch.zeros(4, 2), [0, 0, 0, 1], 2)["reliability"]
+    assert [row["count"] for row in rows] == [0, 4]
+    assert (rows[1]["confidence"], rows[1]["accuracy"]) == (0.5, 0.75)
+
+
 @pytest.mark.parametrize("scale", [20.0, 1000.0])
 def test_confidences_that_round_to_one_are_in_the_last_bin(scale):
     # half of them certain and wrong, half at 14.5/15 and right: one bin, whose gaps cancel in part
@@ -157,13 +163,6 @@ def test_a_temperature_without_a_minimum_is_the_end_of_its_range(gap):
     logits = torch.eye(3) * gap
     assert metrics.fit_temperature(logits, [0, 1, 2]) == 0.01
     assert metrics.fit_temperature(logits, [1, 2, 0]) == 100
-
-
-def test_the_temperature_can_be_fitted_without_gradients_and_from_logits_that_have_one():
-    logits, labels = example(50)
-    expected = metrics.fit_temperature(logits, labels)
-    with torch.no_grad():
-        assert metrics.fit_temperature(logits.clone().requires_grad_(), labels) == expected
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 12])
@@ -453,6 +452,16 @@ def test_json_can_write_every_result(function):
 
 
 @pytest.mark.parametrize("function", CALLS)
+def test_tensors_that_require_gradients_and_single_precision_give_the_same_result(function):
+    arguments, _ = CALLS[function]
+    result = getattr(metrics, function)(torch.as_tensor(arguments[0], dtype=torch.float64), *arguments[1:])
+    first = torch.as_tensor(arguments[0], dtype=torch.float32).requires_grad_()
+    with torch.no_grad():
+        assert getattr(metrics, function)(first, *arguments[1:]) == result
+    assert getattr(metrics, function)(first, *arguments[1:]) == result and first.grad is None
+
+
+@pytest.mark.parametrize("function", CALLS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_by_name(function, value):
     arguments, name = CALLS[function]
@@ -480,7 +489,7 @@ def test_what_is_not_finite_is_refused_in_the_other_arguments_too():
         (metrics.classification, (LOGITS, [0, 1, 3]), "0..2"),
         (metrics.classification, (LOGITS, [0, 1, -1]), "0..2"),
         (metrics.classification, (LOGITS, [0.0, 1.0, 1.0]), "integers"),
-        (metrics.classification, (torch.zeros(3, 1), [0, 0, 0]), "K >= 2"),
+        (metrics.classification, (torch.zeros(3, 1), [0, 0, 0]), "2 or more classes"),
         (metrics.classification, (torch.zeros(3), [0, 0, 0]), "logits.*2 dimensions"),
         (metrics.calibration, (LOGITS, LABELS, 0), "n_bins"),
         (metrics.detection, ([], [1.0], "energy"), "energy in distribution.*empty"),
@@ -490,7 +499,7 @@ def test_what_is_not_finite_is_refused_in_the_other_arguments_too():
         (metrics.precision_recall, (PAIR, PAIR[:3]), "4 or more rows"),
         (metrics.precision_recall, (PAIR, PAIR, 0), "k must be"),
         (metrics.class_histogram, ([0, 4], 4), "0..3"),
-        (metrics.class_histogram, ([0], 1), "num_classes"),
+        (metrics.class_histogram, ([0], 1), "2 or more classes"),
         (metrics.nearest, (PAIR, PAIR[:, :2]), "one shape"),
         (metrics.split_rhat, (PAIR[:, :3],), "4 or more"),
         (metrics.split_rhat, (np.ones((2, 8)),), "moves"),
