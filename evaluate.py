@@ -27,14 +27,8 @@ def build_parser():
         "--download", action="store_true", help="download torchvision's out-of-distribution sets that are missing"
     )
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--checkpoint", metavar="FILE", default="results/digits/jem.pt", help="checkpoint that train_jem.py wrote"
-    )
-    group.add_argument(
-        "--classifier",
-        metavar="FILE",
-        help="plain classifier to stand beside it; without it classifier.pt beside the checkpoint",
-    )
+    cli.add_checkpoint_flag(group)
+    cli.add_classifier_flag(group)
     group = parser.add_argument_group("measurement")
     group.add_argument(
         "--attacks", nargs="+", choices=("linf", "l2", "none"), default=["linf", "l2"], help="norms of the attacks"
@@ -87,7 +81,7 @@ QUICK = {
 }  # fmt: skip
 DRY_RUN = {
     **QUICK, "ood": 50, "attacked": 8, "attack_steps": 2, "refined": 4, "refined_attack_steps": 1,
-    "samples": 100, "chains": 4, "chain_steps": 8, "resamples": 5,
+    "samples": 100, "chains": 4, "chain_steps": 8, "resamples": 40,
 }  # fmt: skip
 
 

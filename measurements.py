@@ -53,7 +53,7 @@ def classification(models, dataset, sizes):
             "intervals": {
                 "accuracy": metrics.bootstrap(np.mean, hits, resamples=sizes["resamples"]),
                 "nll": metrics.bootstrap(np.mean, nll, resamples=sizes["resamples"]),
-                "ece": metrics.bootstrap(ece, np.arange(len(labels)), resamples=sizes["resamples"] // 4),
+                "ece": metrics.bootstrap(ece, np.arange(len(labels)), resamples=sizes["resamples"]),
             },
         }
     return found
@@ -205,7 +205,7 @@ def feature_network(dataset, folder, device):
     path = folder / "feature-classifier" / "classifier.pt"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        epochs = 2 if len(dataset.train.labels) > 10_000 else 40
+        epochs = 2 if len(dataset.train.labels) > 10_000 else 15
         flags = ["--dataset", dataset.name, "--width", "16", "--depth", str(dataset.shape[1].bit_length() - 1)]
         flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
         train_classifier.train(cli.parse(train_classifier.build_parser(), flags), dataset, path.parent, device)
@@ -254,18 +254,15 @@ def samples(checkpoint, model, dataset, args, sizes, folder, device):
             **metrics.precision_recall(reference, features),
             **metrics.class_histogram(network.head(features).argmax(1), dataset.num_classes),
         }
-    nearest = {
-        kind: metrics.nearest(images[:few], dataset.train.images.to(device))
-        for kind, images in kinds.items()
-        if kind != "training images"
-    }
-    nearest["test images"] = metrics.nearest(test[:few].to(device), dataset.train.images.to(device))
+    everything = dataset.train.images.to(device)
+    judged = {"buffer": kinds["buffer"], "fresh": kinds["fresh"], "test images": test.to(device)}
+    nearest = {kind: [torch.tensor(column) for column in metrics.nearest(x[:few], everything)] for kind, x in judged.items()}
     for kind, (distances, _) in nearest.items():
         found.setdefault(kind, {})["distance_to_nearest_training_image"] = {
             "median": float(distances.median()), "smallest": float(distances.min()), "images": few,
         }  # fmt: skip
     dozen = torch.randperm(few, generator=torch.Generator().manual_seed(args.seed))[:12]
-    pairs = torch.cat([kinds["fresh"][dozen].cpu(), dataset.train.images[nearest["fresh"][1][dozen].cpu()]])
+    pairs = torch.cat([kinds["fresh"][dozen].cpu(), dataset.train.images[nearest["fresh"][1][dozen]]])
     plots.save_grid(pairs, folder / "nearest.png", columns=12)
     plots.save_distances({kind: distances for kind, (distances, _) in nearest.items()}, folder / "nearest-distances.png")
     plots.save_grid(kinds["fresh"][:64], folder / "fresh.png")

@@ -1,8 +1,9 @@
 """Scores of a classifier, of an out-of-distribution score, of drawn images and of chains: pure functions.
 
-Each takes tensors, arrays or lists, computes in float64 and returns what json can write. What is empty, misshapen or
-not finite is refused with a ValueError that names it: a NaN among scores would sort somewhere and give a believable
-AUROC. scikit-learn ranks, because torchmetrics' AUROC squashes scores outside [0, 1] by a sigmoid, which ties energies.
+Each takes tensors, arrays or lists, computes in float64 and returns what json can write. What is empty or misshapen is
+refused with a ValueError that names it, what is not finite with a FloatingPointError: a NaN among scores would sort
+somewhere and give a believable AUROC. scikit-learn ranks, because torchmetrics' AUROC squashes scores outside [0, 1] by
+a sigmoid, which ties energies.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def _finite(values, name, dimensions=None):
-    """Return values as a detached tensor with so many dimensions (None: any), or raise a ValueError that names them."""
+    """Return values as a detached tensor with so many dimensions (None: any), or raise an error that names them."""
     values = torch.as_tensor(values).detach()
     if values.numel() == 0 or values.dim() != (dimensions or values.dim()):
         raise ValueError(f"{name}: shape {tuple(values.shape)} is empty or has not {dimensions or 'the right'} dimensions")
     wrong = values.numel() - int(torch.isfinite(values).sum())
     if wrong:
-        raise ValueError(f"{name}: {wrong} of {values.numel()} values are not finite; find where they arise")
+        raise FloatingPointError(f"{name}: {wrong} of {values.numel()} values are not finite; find where they arise")
     return values
 
 
@@ -147,7 +148,7 @@ def detection(scores_in, scores_out, name):
     share of in-distribution images flagged at the highest threshold that flags 95 % of the OOD images (papers that
     call in-distribution positive keep 95 % of those instead). All in 0..1.
     Source: Hendrycks and Gimpel 2017, arXiv 1610.02136; for fpr95 Liang et al. 2018, arXiv 1706.02690.
-    scores_in: (N,), scores_out: (M,) float, unbounded; name: of the score, for the ValueError where one is not finite.
+    scores_in: (N,), scores_out: (M,) float, unbounded; name: of the score, for the error where one is not finite.
     Returns {"auroc", "average_precision", "fpr95", "n_in": N, "n_out": M}.
     """
     inside = _finite(scores_in, f"{name} in distribution", 1).cpu().double()
@@ -163,7 +164,7 @@ def detection(scores_in, scores_out, name):
 def fast_auroc(scores_in, scores_out):
     """Return the AUROC alone, P(in < out) + P(in = out) / 2 in 0..1, fast enough for `bootstrap`.
 
-    scores_in: (N,), scores_out: (M,) float, unbounded, high = OOD. Raises ValueError where one is not finite.
+    scores_in: (N,), scores_out: (M,) float, unbounded, high = OOD. Raises FloatingPointError where one is not finite.
     """
     inside = np.sort(_finite(scores_in, "scores_in", 1).cpu().double().numpy())
     outside = _finite(scores_out, "scores_out", 1).cpu().double().numpy()
@@ -177,7 +178,8 @@ def bootstrap(statistic, *arrays, resamples=200, seed=0, paired=True):
     statistic: called as statistic(*arrays) with numpy arrays, returns a float. arrays: (N, ...) each, rows drawn with
     replacement. paired: the same rows of each (logits and labels of an image); else each is drawn by itself and may
     have its own length (scores in and out of distribution). resamples: >= 2. seed: same seed, same interval.
-    Raises ValueError where an array or a value of the statistic is not finite, or paired lengths differ.
+    Raises FloatingPointError where an array or a value of the statistic is not finite, ValueError where paired lengths
+    differ.
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
     arrays = [_finite(array, f"array {i} of the bootstrap").cpu().numpy() for i, array in enumerate(arrays)]
@@ -190,7 +192,7 @@ def bootstrap(statistic, *arrays, resamples=200, seed=0, paired=True):
         draws = [generator.integers(length, size=length) for length in (lengths[:1] if paired else lengths)]
         rows = draws * len(arrays) if paired else draws
         values.append(float(statistic(*(array[index] for array, index in zip(arrays, rows, strict=True)))))
-    return np.quantile(_finite(values, "the bootstrapped statistic").numpy(), [0.025, 0.975]).tolist()
+    return np.quantile(_finite(np.array(values), "the bootstrapped statistic").numpy(), [0.025, 0.975]).tolist()
 
 
 def frechet_distance(features_a, features_b):
@@ -247,7 +249,7 @@ def nearest(images, pool, chunk=500):
     In each block of the pool a float64 distance by matmul proposes four candidates and their exact distances decide,
     so a copy is at distance 0 and near-duplicates keep their order. Among equals any may be named.
     images: (N, ...), pool: (M, ...), each image of one shape. chunk: images in a block; the pool's are ten times that.
-    Returns (N distances >= 0, N indices in 0..M-1). Raises ValueError for other shapes and pixels that are not finite.
+    Returns (N distances >= 0, N indices in 0..M-1). Raises ValueError for other shapes.
     """
     images, pool = _finite(images, "images"), _finite(pool, "pool")
     if images.dim() < 2 or images.shape[1:] != pool.shape[1:]:

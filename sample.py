@@ -17,9 +17,7 @@ def build_parser():
     """Return the parser of this script's command line."""
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--checkpoint", metavar="FILE", default="results/digits/jem.pt", help="checkpoint that train_jem.py wrote"
-    )
+    cli.add_checkpoint_flag(group)
     cli.add_precision_flag(group)
     group = parser.add_argument_group("SGLD")
     group.add_argument("--source", choices=("fresh", "buffer"), default="fresh", help="new chains, or the replay buffer's")

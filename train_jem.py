@@ -18,11 +18,7 @@ def build_parser():
     cli.add_model_flags(parser)
     group = cli.add_optimisation_flags(parser)
     start = group.add_mutually_exclusive_group()
-    start.add_argument(
-        "--classifier",
-        metavar="PATH",
-        help="classifier checkpoint to start from; without it OUT_DIR/classifier.pt, trained if missing",
-    )
+    cli.add_classifier_flag(start)
     start.add_argument("--from-scratch", action="store_true", help="start from random weights instead of a classifier")
     group.add_argument("--pretrain-epochs", type=cli.positive_int, help="epochs of the classifier, where it is trained first")
     group.add_argument(

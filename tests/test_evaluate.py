@@ -114,7 +114,9 @@ def test_generated_sets_are_what_their_names_say(digits):
     assert torch.equal(data.GENERATED["rotated"](images, generator)[0, 0, :, 0], images[0, 0, 0].flip(0))
     assert (data.GENERATED["constant"](images, generator).flatten(1).std(1) == 0).all()
     permuted = data.GENERATED["permuted"](images, generator)
-    assert torch.equal(permuted.flatten(1).sort(1).values, images.flatten(1).sort(1).values) and not torch.equal(permuted, images)
+    assert torch.equal(permuted.flatten(1).sort(1).values, images.flatten(1).sort(1).values) and not torch.equal(
+        permuted, images
+    )
 
 
 @pytest.mark.parametrize(
