@@ -68,7 +68,7 @@ EPSILONS = {"linf": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5), "l2": (0.25, 0.5, 1.0, 1.5
 # Sizes: images of each kind, and the steps, restarts and random draws of the attacks.
 FULL = {
     "ood": 10_000, "attacked": 1000, "attack_steps": 40, "restarts": 2, "epsilons": EPSILONS,
-    "refined": 100, "refined_steps": 10, "refined_attack_steps": 20, "refined_draws": 4,
+    "refined": 100, "refined_steps": 5, "refined_attack_steps": 20, "refined_draws": 2,
     "refined_epsilons": {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.5, 3.0)},
     "samples": 10_000, "chains": 64, "chain_steps": 300, "resamples": 200,
 }  # fmt: skip

@@ -192,8 +192,8 @@ def main(argv=None):
     check_against_checkpoint(args, checkpoint)
     _, channels, height, width = checkpoint["buffer"]["images"].shape
     with runs.run_folder(args) as folder, ExitStack() as stack:
-        written = [folder / "-".join(["samples", args.source, *(f"class-{label}" for label in args.class_label or ())])]
-        written[0] = written[0].with_suffix(".png")
+        classes = f"-class-{'-'.join(map(str, args.class_label))}" if args.class_label else ""
+        written = [folder / f"samples-{args.source}{classes}.png"]
         append = None
         if args.save_array:
             written.append(folder / "dry-run.npz" if args.dry_run else Path(args.save_array))

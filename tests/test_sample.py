@@ -56,7 +56,7 @@ def test_class_conditional_chains_carry_their_labels_and_read_as_their_class(dra
     assert np.bincount(arrays["labels"]).tolist() == [0, 0, 0, 30, 0, 0, 0, 30]
     logits = runs.load_model(checkpoint, "cpu")(torch.tensor(arrays["images"]) * 2 - 1)
     assert (logits.argmax(1).numpy() == arrays["labels"]).mean() > 0.9
-    with Image.open(draw.folder / "samples-fresh-class-3-class-7.png") as grid:
+    with Image.open(draw.folder / "samples-fresh-class-3-7.png") as grid:
         assert grid.size == (30 * 34 + 2, 2 * 34 + 2)
 
 
