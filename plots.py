@@ -147,7 +147,7 @@ def save_roc_curves(scored, path):
                 style = ("-", "--", ":")[index // len(SERIES_COLOURS) % 3]
                 axis.plot(*rates, color=SERIES_COLOURS[index % len(SERIES_COLOURS)], linestyle=style, label=name, linewidth=1.2)
             axis.set(title=f"{model}: {score}", xlabel="test images flagged", ylabel="other images flagged")
-    axes[0, -1].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     _finish(figure, path)
 
 
