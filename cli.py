@@ -171,7 +171,9 @@ def add_checkpoint_flag(group):
 
 def add_classifier_flag(group):
     """Add --classifier to a group."""
-    group.add_argument("--classifier", metavar="FILE", help="classifier checkpoint; without it classifier.pt in the run's folder")
+    group.add_argument(
+        "--classifier", metavar="FILE", help="classifier checkpoint; without it classifier.pt in the run's folder"
+    )
 
 
 def add_precision_flag(group):

@@ -37,3 +37,22 @@ def checkpoint(tiny_run):
     import runs
 
     return runs.load_checkpoint(tiny_run / "jem.pt", "jem")
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """A function that makes the next training stop, as Ctrl-C would, right after its second checkpoint."""
+    import runs
+
+    def arm():
+        write, calls = runs.save_checkpoint, []
+
+        def stop_after_two(*args, **state):
+            write(*args, **state)
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(runs, "save_checkpoint", stop_after_two)
+
+    return arm

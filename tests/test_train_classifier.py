@@ -35,18 +35,10 @@ def test_it_trains_a_wide_residual_network(tmp_path, capsys):
     assert "dry run" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, interrupt):
     flags = [*TINY[:4], "--epochs", "4", "--warmup-steps", "20"]
     train_classifier.main([*flags, "--out-dir", str(tmp_path / "whole")])
-    write, calls = runs.save_checkpoint, []
-
-    def stop_after_two(*args, **state):
-        write(*args, **state)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "save_checkpoint", stop_after_two)
+    interrupt()
     with pytest.raises(SystemExit):
         train_classifier.main([*flags, "--out-dir", str(tmp_path / "stopped")])
     train_classifier.main(["--resume", "--out-dir", str(tmp_path / "stopped")])

@@ -194,18 +194,10 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
     assert all(torch.equal(value, models[1]["model"][name]) for name, value in models[0]["model"].items())
 
 
-def test_a_stopped_run_resumes_to_the_same_weights_buffer_and_metrics(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_weights_buffer_and_metrics(tmp_path, interrupt):
     flags = [*TINY, "--from-scratch", "--log-every", "7"]
     train_jem.main([*flags, "--out-dir", str(tmp_path / "whole")])
-    write, calls = runs.save_checkpoint, []
-
-    def stop_after_two(*args, **state):
-        write(*args, **state)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "save_checkpoint", stop_after_two)
+    interrupt()
     with pytest.raises(SystemExit) as caught:
         train_jem.main([*flags, "--out-dir", str(tmp_path / "stopped")])
     assert caught.value.code == 130
