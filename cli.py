@@ -106,6 +106,7 @@ seed = _number(int, 0, 2**32 - 1, False, "a whole number from 0 to 4294967295")
 positive = _number(float, 0, math.inf, True, "a number above 0")
 non_negative = _number(float, 0, math.inf, False, "a number from 0 up")
 fraction = _number(float, 0, 1, False, "a number from 0 to 1")
+decay = _number(float, 0, 0.999999, False, "a number from 0 to 0.999999")
 
 
 def add_data_flags(parser):
@@ -154,7 +155,7 @@ def add_optimisation_flags(parser):
         "--max-grad-norm", type=non_negative, default=0.0, help="clip the norm of the weight gradient to this; 0: not"
     )
     group.add_argument(
-        "--ema-decay", type=fraction, help="decay of the averaged weights, which are the ones kept; 0: no averaging"
+        "--ema-decay", type=decay, help="decay of the averaged weights, which are the ones kept; 0: no averaging"
     )
     group.add_argument(
         "--input-noise", type=non_negative, help="standard deviation of the noise on training images, pixels on [-1, 1]"

@@ -145,8 +145,9 @@ def robustness(models, checkpoint, dataset, args, sizes, folder, device):
 def attack(logits_of, module, images, labels, norm, epsilon, *, seed, steps, restarts=1, samples=1, transferred_from=None):
     """Return one point of an accuracy-against-epsilon curve with its interval.
 
-    logits_of, module, norm, epsilon, steps, restarts, samples: as in attacks.pgd; epsilon 0 measures without attack. transferred_from: a classifier whose
-    adversarial images (same settings, one draw) must be survived as well; the accuracy is then that under the worse.
+    logits_of, module, norm, epsilon, steps, restarts, samples: as in attacks.pgd; epsilon 0 measures without attack.
+    transferred_from: a classifier whose adversarial images (same settings, one draw) must be survived as well; the
+    accuracy is then that under the worse of the two.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     if epsilon == 0:

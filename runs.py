@@ -61,8 +61,8 @@ def pick_precision(name, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"
     if device.type == "cpu":
-        flags = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return "bf16" if flags else "float32"
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # emulated bf16 is slower than float32
+        return "bf16" if native else "float32"
     return "float32"
 
 

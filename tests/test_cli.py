@@ -70,7 +70,8 @@ def test_a_preset_follows_the_data_set_and_any_flag_overrides_it():
     "argv",
     [
         "--lr 0", "--lr nan", "--lr -1", "--lr much", "--epochs 0", "--epochs 1.5", "--batch-size -3", "--seed -1",
-        "--reinit-prob 1.5", "--noise-std inf", "--dataset imagenet", "--restart laplace", "--resume --overwrite",
+        "--reinit-prob 1.5", "--ema-decay 1",
+        "--noise-std inf", "--dataset imagenet", "--restart laplace", "--resume --overwrite",
         "--classifier a.pt --from-scratch", "--p-x-weight 1 --p-xy-weight 1", "--p-x-weight 0",
         "--batch-size 100 --buffer-size 50", "--from-scratch --pretrain-epochs 3", "--dry-run --resume", "--max-minutes 0",
         "stray",

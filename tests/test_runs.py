@@ -42,6 +42,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["jem.pt"]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # what it warns of is the test
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "pickle", "foreign", "classifier"])
 def test_a_file_that_is_no_jem_is_refused_by_name_and_never_executed(tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
