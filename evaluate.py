@@ -63,6 +63,7 @@ import measurements
 import plots
 import report
 import runs
+from cli import UserError
 
 EPSILONS = {"linf": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5), "l2": (0.25, 0.5, 1.0, 1.5, 3.0, 10.0)}  # pixels on [0, 1]
 # Sizes: images of each kind, and the steps, restarts and random draws of the attacks.
@@ -96,7 +97,12 @@ def main(argv=None):
     models = {"jem": runs.load_model(checkpoint, device).eval()}
     path = args.classifier or Path(args.checkpoint).with_name("classifier.pt")
     if args.classifier or path.exists():
-        models["classifier"] = runs.load_model(runs.load_checkpoint(path, "classifier", device), device).eval()
+        classifier = runs.load_checkpoint(path, "classifier", device)
+        if classifier["dataset"] != dataset.name:
+            raise UserError(
+                f"{str(path)!r} was trained on {classifier['dataset']}, the JEM on {dataset.name}: name another --classifier"
+            )
+        models["classifier"] = runs.load_model(classifier, device).eval()
     jem = models["jem"]
     with runs.run_folder(args) as folder:
         sections = {

@@ -27,7 +27,7 @@ def build_parser():
     group.add_argument("--p-x-weight", type=cli.non_negative, help="weight of log p(x), the marginal density")
     group.add_argument(
         "--p-xy-weight", type=cli.non_negative, default=0.0,
-        help="weight of log p(x, y), with class-conditional chains; above 0 it needs --p-x-weight 0",
+        help="weight of log p(x, y), with class-conditional chains; above 0 it takes the place of --p-x-weight",
     )  # fmt: skip
     group.add_argument("--energy-reg", type=cli.non_negative, help="weight of the regulariser mean E^2 over data and chains")
     group = parser.add_argument_group("SGLD")

@@ -44,6 +44,11 @@ CASES = [
         "--save-array",
     ),
     ("sample", ["--checkpoint", "{run}/jem.pt", "--out-dir", "{run}/jem.pt/below"], "--out-dir"),
+    ("evaluate", ["--checkpoint", "{empty}/jem.pt"], "train_jem.py"),
+    ("evaluate", ["--checkpoint", "{run}/classifier.pt"], "holds a classifier"),
+    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--classifier", "{run}/jem.pt"], "holds a jem"),
+    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--attacks", "none", "l2"], "--attacks"),
+    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--out-dir", "{empty}", "--ood", "no-such-set"], "--ood"),
 ]
 
 

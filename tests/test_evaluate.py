@@ -159,3 +159,11 @@ def test_unusable_sets_are_refused_with_what_to_do(digits, tmp_path):
             data.load_ood(str(tmp_path / name), digits.test.images, "unused", 100, torch.Generator())
     with pytest.raises(UserError, match="--download"):
         data.load_ood("svhn", digits.test.images, tmp_path, 100, torch.Generator())
+
+
+def test_a_classifier_of_another_data_set_is_refused(tiny_run, tmp_path, capsys):
+    state = runs.load_checkpoint(tiny_run / "classifier.pt", "classifier")
+    runs.save_checkpoint(tmp_path / "other.pt", **{**{k: v for k, v in state.items() if k != "format"}, "dataset": "mnist"})
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--checkpoint", str(tiny_run / "jem.pt"), "--classifier", str(tmp_path / "other.pt"), "--dry-run"])
+    assert caught.value.code == 2 and "trained on mnist" in capsys.readouterr().err
