@@ -225,6 +225,8 @@ def parse(parser, argv=None):
     args.given = frozenset(name for name in names if getattr(marked, name) is not absent)
     if args.dry_run and getattr(args, "resume", False):
         parser.error("--dry-run keeps no file, so there is nothing for --resume to continue")
+    if args.out_dir is None:  # a script that reads a checkpoint writes beside it
+        args.out_dir = os.path.dirname(args.checkpoint) or "."
     if getattr(args, "max_minutes", None) and "epochs" not in args.given:
         args.epochs = None
     return args

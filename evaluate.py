@@ -8,8 +8,6 @@ robustness, samples and chains.
 
 from __future__ import annotations
 
-import os
-
 import cli
 
 
@@ -45,8 +43,6 @@ def parse_args(argv=None):
     args = cli.parse(parser, argv)
     if "none" in args.attacks and len(args.attacks) > 1:
         parser.error("--attacks none cannot stand beside a norm")
-    if args.out_dir is None:
-        args.out_dir = os.path.dirname(args.checkpoint) or "."
     return args
 
 
@@ -137,7 +133,7 @@ def protocol(args, checkpoint, sizes, classifier, dataset):
         "sizes": sizes,
         "splits": {name: len(getattr(dataset, name).labels) for name in ("train", "val", "test")},
         "sgld": checkpoint["sgld"],
-        "precision": "float32",
+        "precision": measurements.PRECISION,
         "packages": runs.package_versions(),
         "git_commit": runs.git_commit(),
     }
@@ -148,9 +144,8 @@ def command(args):
     words = ["python evaluate.py"]
     for name in sorted(args.given):
         value = getattr(args, name)
-        if value is not False:
-            words.append("--" + name.replace("_", "-"))
-        if not isinstance(value, bool):
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
             words += map(str, value) if isinstance(value, list) else [str(value)]
     return " ".join(words)
 

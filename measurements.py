@@ -25,6 +25,7 @@ from sgld import energy_and_gradient, restart_from_state, run_chains
 
 SCORES = ("energy", "max_prob", "grad_norm")
 FEATURE_SEED = 1_000_003  # of the independent classifier: no training here uses it
+PRECISION = "float32"  # of every measurement
 ATTACK_BATCH = 100  # images attacked at once
 
 
@@ -66,7 +67,7 @@ def ood_scores(model, images):
     approximate mass (arXiv 1912.03263, section 5.3) with the sign turned so that high means out.
     """
     logits = predict(model, images).double()
-    _, gradient = energy_and_gradient(lambda x: energy(model(x)), images, chunk_size=500)
+    _, gradient = energy_and_gradient(runs.chain_energy(model, images.device, PRECISION), images, chunk_size=500)
     return {
         "energy": energy(logits).cpu().numpy(),
         "max_prob": -logits.softmax(1).amax(1).cpu().numpy(),
@@ -129,7 +130,7 @@ def robustness(models, checkpoint, dataset, args, sizes, folder, device):
             for name, model in models.items()
         }
         behind = refined(
-            lambda x: energy(jem(x)), jem, steps=sizes["refined_steps"],
+            runs.chain_energy(jem, device, PRECISION), jem, steps=sizes["refined_steps"],
             generator=torch.Generator(device).manual_seed(args.seed + 1), **runs.chain_settings(checkpoint),
         )  # fmt: skip
         curves[norm][f"jem-{sizes['refined_steps']}"] = [
@@ -205,14 +206,17 @@ def feature_network(dataset, folder, device):
 
     A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its head's input (N, D).
     """
-    path = folder / "feature-classifier" / "classifier.pt"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+    place = folder / f"feature-classifier-{dataset.name}"
+    path = place / "classifier.pt"
+    checkpoint = runs.load_checkpoint(path, "classifier") if path.exists() else None
+    if checkpoint is None or not checkpoint["finished"]:
+        place.mkdir(exist_ok=True)
         epochs = 2 if len(dataset.train.labels) > 10_000 else 15
         flags = ["--dataset", dataset.name, "--width", "16", "--depth", str(dataset.shape[1].bit_length() - 1)]
         flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
-        train_classifier.train(cli.parse(train_classifier.build_parser(), flags), dataset, path.parent, device)
-    return runs.load_model(runs.load_checkpoint(path, "classifier"), device)
+        args = cli.parse(train_classifier.build_parser(), flags)
+        checkpoint = train_classifier.train(args, dataset, place, device, checkpoint)
+    return runs.load_model(checkpoint, device)
 
 
 def fresh_chains(checkpoint, model, count, steps, generator, callback=None):
@@ -220,7 +224,8 @@ def fresh_chains(checkpoint, model, count, steps, generator, callback=None):
     restart = restart_from_state(checkpoint["restart"], generator.device)
     labels = torch.randint(restart.num_classes, (count,), generator=generator, device=generator.device)
     return run_chains(
-        lambda x: energy(model(x)), restart.draw(labels, generator), steps, **runs.chain_settings(checkpoint),
+        runs.chain_energy(model, generator.device, PRECISION),
+        restart.draw(labels, generator), steps, **runs.chain_settings(checkpoint),
         module=model, chunk_size=500, generator=generator, callback=callback,
     )  # fmt: skip
 

@@ -8,8 +8,6 @@ on E(x, y); --source buffer shows the persistent chains of the training instead.
 
 from __future__ import annotations
 
-import os
-
 import cli
 
 
@@ -62,8 +60,6 @@ def parse_args(argv=None):
         parser.error(f"--num {args.num} is below the {len(args.class_label)} classes of --class-label")
     if args.save_array and not args.save_array.endswith(".npz"):
         parser.error(f"--save-array {args.save_array} must end in .npz")
-    if args.out_dir is None:
-        args.out_dir = os.path.dirname(args.checkpoint) or "."
     return args
 
 
@@ -71,6 +67,7 @@ if __name__ == "__main__":
     parse_args()  # --help and mistyped flags answer here, before torch is loaded
 
 import math
+import os
 import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

@@ -21,7 +21,6 @@ OPTIMISERS = {
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters, **rest: torch.optim.SGD(parameters, momentum=0.9, **rest),
 }
-CHECKPOINTS = {"classifier": "classifier.pt", "jem": "jem.pt"}
 DRY_RUN_STEPS = 3
 SECONDS_BETWEEN_CURVES = 20  # drawing takes half a second
 
@@ -154,7 +153,7 @@ class Training:
 
     def save(self, checkpoint):
         """Write the phase's checkpoint, and the curves: at the end, and before it no more often than they are looked at."""
-        runs.save_checkpoint(self.folder / CHECKPOINTS[self.phase], self.phase, **checkpoint)
+        runs.save_checkpoint(self.folder / f"{self.phase}.pt", self.phase, **checkpoint)
         if self.done >= 1 or time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
             plots.save_curves(runs.read_metrics(self.folder / "metrics.csv"), self.folder / "curves.png")
             self.drawn = time.perf_counter()

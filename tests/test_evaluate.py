@@ -72,6 +72,14 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
     assert "nan" not in text and "30 images, colour averaged to grey, resized from 12x12" in text
 
 
+def test_one_folder_keeps_a_feature_classifier_for_each_data_set(report, digits):
+    place = report / "feature-classifier-digits" / "classifier.pt"
+    written = place.stat().st_mtime_ns
+    measurements.feature_network(digits, report, torch.device("cpu"))
+    assert place.stat().st_mtime_ns == written  # the finished one is used again
+    assert runs.load_checkpoint(place, "classifier")["dataset"] == "digits"
+
+
 def test_a_missing_classifier_leaves_the_jem_alone_and_no_attacks_says_so(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "jem.pt").write_bytes((tiny_run / "jem.pt").read_bytes())
     monkeypatch.setattr(evaluate, "QUICK", evaluate.DRY_RUN)
