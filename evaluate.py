@@ -32,6 +32,10 @@ def build_parser():
         "--attacks", nargs="+", choices=("linf", "l2", "none"), default=["linf", "l2"], help="norms of the attacks"
     )
     group.add_argument("--bins", type=cli.positive_int, default=15, help="equal-width bins of the calibration errors")
+    group.add_argument(
+        "--longest-chain", type=cli.positive_int, metavar="STEPS",
+        help="Langevin steps after which the long chains end; without it 1000, with --quick 100",
+    )  # fmt: skip
     group.add_argument("--quick", action="store_true", help="smaller samples and fewer attacks: an answer within a minute")
     cli.add_run_flags(parser)
     return parser
@@ -54,6 +58,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import chain_quality
 import data
 import measurements
 import plots
@@ -67,18 +72,20 @@ FULL = {
     "ood": 10_000, "attacked": 1000, "attack_steps": 40, "restarts": 2, "epsilons": EPSILONS,
     "refined": 100, "refined_steps": 5, "refined_attack_steps": 20, "refined_draws": 2,
     "refined_epsilons": {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.5, 3.0)},
-    "samples": 10_000, "chains": 64, "chain_steps": 300, "resamples": 200,
+    "samples": 10_000, "conditional": 1000, "long_chains": 1000, "longest": 1000, "chains": 64, "chain_steps": 300,
+    "resamples": 200,
 }  # fmt: skip
 QUICK = {
     "ood": 1000, "attacked": 100, "attack_steps": 10, "restarts": 1,
     "epsilons": {"linf": (0.05, 0.1, 0.5), "l2": (0.5, 1.5, 10.0)},
     "refined": 32, "refined_steps": 3, "refined_attack_steps": 5, "refined_draws": 2,
     "refined_epsilons": {"linf": (0.1,), "l2": (1.5,)},
-    "samples": 1000, "chains": 32, "chain_steps": 60, "resamples": 100,
+    "samples": 1000, "conditional": 200, "long_chains": 200, "longest": 100, "chains": 32, "chain_steps": 60,
+    "resamples": 100,
 }  # fmt: skip
 DRY_RUN = {
     **QUICK, "ood": 50, "attacked": 8, "attack_steps": 2, "refined": 4, "refined_attack_steps": 1,
-    "samples": 100, "chains": 4, "chain_steps": 8, "resamples": 40,
+    "samples": 100, "conditional": 40, "long_chains": 20, "longest": 10, "chains": 4, "chain_steps": 8, "resamples": 40,
 }  # fmt: skip
 
 
@@ -90,6 +97,8 @@ def main(argv=None):
     checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
     dataset = data.load(checkpoint["dataset"], args.data_dir)
     sizes = {**(DRY_RUN if args.dry_run else QUICK if args.quick else FULL), "bins": args.bins}
+    if args.longest_chain:
+        sizes["longest"] = args.longest_chain
     models = {"jem": runs.load_model(checkpoint, device).eval()}
     path = args.classifier or Path(args.checkpoint).with_name("classifier.pt")
     if args.classifier or path.exists():
@@ -106,8 +115,10 @@ def main(argv=None):
             "out_of_distribution": lambda: measurements.out_of_distribution(models, dataset, args, sizes, folder, device),
             "robustness": lambda: measurements.robustness(models, checkpoint, dataset, args, sizes, folder, device),
             "distal_adversarials": lambda: measurements.distal_adversarials(models, args, folder, device, dataset.shape),
-            "samples": lambda: measurements.samples(checkpoint, jem, dataset, args, sizes, folder, device),
-            "chains": lambda: measurements.chains(checkpoint, jem, args, sizes, folder, device),
+            "samples": lambda: chain_quality.samples(checkpoint, jem, dataset, args, sizes, folder, device),
+            "class_conditional": lambda: chain_quality.class_conditional(checkpoint, jem, dataset, args, sizes, folder, device),
+            "long_chains": lambda: chain_quality.long_chains(checkpoint, jem, dataset, args, sizes, folder, device),
+            "chains": lambda: chain_quality.chains(checkpoint, jem, args, sizes, folder, device),
         }
         found = {"protocol": protocol(args, checkpoint, sizes, path if "classifier" in models else None, dataset)}
         bar = tqdm(sections.items(), disable=None)

@@ -1,5 +1,6 @@
-"""The measurements of evaluate.py, a function for each section of the report; scores come from metrics.py.
+"""What evaluate.py measures of the classifier in a JEM: classification, out-of-distribution detection, robustness.
 
+A function for each section of the report; scores come from metrics.py, the chains are measured in chain_quality.py.
 Every function takes networks and data, writes its figures into a folder and returns a dict of plain numbers.
 `models` is {"jem": network, "classifier": network}, the second only where there is one.
 """
@@ -12,20 +13,17 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-import cli
 import data
 import metrics
 import plots
 import runs
-import train_classifier
 from attacks import distal, pgd, refined
 from cli import UserError
 from models import energy, predict
-from sgld import energy_and_gradient, restart_from_state, run_chains
+from sgld import energy_and_gradient
 
 SCORES = ("energy", "max_prob", "grad_norm")
-FEATURE_SEED = 1_000_003  # of the independent classifier: no training here uses it
-PRECISION = "float32"  # of every measurement
+PRECISION = "float32"  # of every measurement in this file
 ATTACK_BATCH = 100  # images attacked at once
 
 
@@ -199,111 +197,6 @@ def check_attack(model, images, labels, norm, curve, sizes, seed):
         "more_steps_never_help": bool(np.all(np.diff([row["accuracy"] for row in rows]) <= 0.01)),
         "share_of_steps_on_which_the_loss_rises": float((np.diff(rows[-1]["losses"]) >= -1e-3).mean()),
     }
-
-
-def feature_network(dataset, folder, device):
-    """Return the independent classifier whose features judge the samples; trained into the folder where it is missing.
-
-    A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its head's input (N, D).
-    """
-    place = folder / f"feature-classifier-{dataset.name}"
-    path = place / "classifier.pt"
-    checkpoint = runs.load_checkpoint(path, "classifier") if path.exists() else None
-    if checkpoint is None or not checkpoint["finished"]:
-        place.mkdir(exist_ok=True)
-        epochs = 2 if len(dataset.train.labels) > 10_000 else 15
-        flags = ["--dataset", dataset.name, "--width", "16", "--depth", str(dataset.shape[1].bit_length() - 1)]
-        flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
-        args = cli.parse(train_classifier.build_parser(), flags)
-        checkpoint = train_classifier.train(args, dataset, place, device, checkpoint)
-    return runs.load_model(checkpoint, device)
-
-
-def fresh_chains(checkpoint, model, count, steps, generator, callback=None):
-    """Draw chains from the restart distribution and run them: (count, C, H, W) float, pixels in [-1, 1]."""
-    restart = restart_from_state(checkpoint["restart"], generator.device)
-    labels = torch.randint(restart.num_classes, (count,), generator=generator, device=generator.device)
-    return run_chains(
-        runs.chain_energy(model, generator.device, PRECISION),
-        restart.draw(labels, generator), steps, **runs.chain_settings(checkpoint),
-        module=model, chunk_size=500, generator=generator, callback=callback,
-    )  # fmt: skip
-
-
-def samples(checkpoint, model, dataset, args, sizes, folder, device):
-    """Judge the buffer's and fresh chains by the features of an independent classifier; draws nearest training images.
-
-    Returns the Frechet distance to the test set with its floor (as many training images) and their ratio, precision and
-    recall, class histogram, and the distances to the nearest training image, of both and of the test set.
-    """
-    network = feature_network(dataset, folder, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    count = min(sizes["samples"], len(dataset.test.labels), len(dataset.train.labels), len(checkpoint["buffer"]["labels"]))
-    steps = runs.fresh_steps(checkpoint)
-    buffer = checkpoint["buffer"]["images"].to(device)
-    chosen = torch.randperm(len(buffer), generator=generator, device=device)[:count]
-    train = dataset.train.images[torch.randperm(len(dataset.train.images), generator=torch.Generator().manual_seed(args.seed))]
-    kinds = {
-        "training images": train[:count].to(device),
-        "buffer": buffer[chosen],
-        "fresh": fresh_chains(checkpoint, model, count, steps, generator),
-    }
-    test = dataset.test.images[:count]
-    reference = predict(network.features, test)
-    floor, found = None, {}
-    few = min(count, 1000)
-    for kind, images in kinds.items():
-        features = predict(network.features, images)
-        distance = metrics.frechet_distance(features, reference)
-        floor = distance if floor is None else floor
-        found[kind] = {
-            "frechet_distance": distance,
-            "ratio_to_floor": distance / floor,
-            **metrics.precision_recall(reference, features),
-            **metrics.class_histogram(network.head(features).argmax(1), dataset.num_classes),
-        }
-    everything = dataset.train.images.to(device)
-    judged = {"buffer": kinds["buffer"], "fresh": kinds["fresh"], "test images": test.to(device)}
-    nearest = {kind: [torch.tensor(column) for column in metrics.nearest(x[:few], everything)] for kind, x in judged.items()}
-    for kind, (distances, _) in nearest.items():
-        found.setdefault(kind, {})["distance_to_nearest_training_image"] = {
-            "median": float(distances.median()), "smallest": float(distances.min()), "images": few,
-        }  # fmt: skip
-    dozen = torch.randperm(few, generator=torch.Generator().manual_seed(args.seed))[:12]
-    pairs = torch.cat([kinds["fresh"][dozen].cpu(), dataset.train.images[nearest["fresh"][1][dozen]]])
-    plots.save_grid(pairs, folder / "nearest.png", columns=12)
-    plots.save_distances({kind: distances for kind, (distances, _) in nearest.items()}, folder / "nearest-distances.png")
-    plots.save_grid(kinds["fresh"][:64], folder / "fresh.png")
-    plots.save_grid(kinds["buffer"][:64], folder / "buffer.png")
-    return {"images": count, "fresh_steps": steps, "feature_dimensions": reference.shape[1], "kinds": found}
-
-
-def chains(checkpoint, model, args, sizes, folder, device):
-    """Follow fresh chains: energy, displacement and saturation along the way; split R-hat and autocorrelation after half."""
-    energies, displacements, saturated, last = [], [], [], None
-
-    def follow(step, x, values):
-        nonlocal last
-        energies.append(values.cpu())
-        saturated.append(float((x.abs() >= 1).float().mean()))
-        displacements.append(0.0 if last is None else float((x - last).flatten(1).norm(dim=1).mean()))
-        last = x
-
-    generator = torch.Generator(device).manual_seed(args.seed + 2)
-    fresh_chains(checkpoint, model, sizes["chains"], sizes["chain_steps"], generator, follow)
-    series = torch.stack(energies, dim=1)
-    settled = series[:, series.shape[1] // 2 :]
-    correlation = metrics.autocorrelation(settled, min(100, settled.shape[1] // 2))
-    found = {
-        "chains": sizes["chains"], "steps": sizes["chain_steps"],
-        "mean_energy": {str(step): float(series[:, step].mean()) for step in (0, series.shape[1] // 2, series.shape[1] - 1)},
-        "split_rhat_of_energy": metrics.split_rhat(settled),
-        "autocorrelation_of_energy": {str(lag): correlation[lag] for lag in (1, 10, 30, 100) if lag < len(correlation)},
-        "mean_displacement_per_step": float(np.mean(displacements[1:])),
-        "saturated_share_at_end": saturated[-1],
-    }  # fmt: skip
-    plots.save_chains(series, correlation, displacements, saturated, folder / "chains.png")
-    return found
 
 
 def distal_adversarials(models, args, folder, device, shape):

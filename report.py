@@ -16,6 +16,8 @@ def markdown(found):
         _robustness(found["robustness"], protocol["sizes"]),
         _distal(found["distal_adversarials"]),
         _samples(found["samples"]),
+        _class_conditional(found["class_conditional"]),
+        _long_chains(found["long_chains"]),
         _chains(found["chains"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -180,6 +182,27 @@ def _samples(found):
             "A random dozen of fresh chains, and below each its nearest training image:\n\n![Nearest training images](nearest.png)",
             "![Distances to the nearest training image](nearest-distances.png)",
         ]
+    )
+
+
+def _class_conditional(found):
+    return (
+        f"## Class-conditional chains\n\nOf {found['chains']} chains of {found['steps']} steps on E(x, y), started in the class's "
+        f"restart distribution, the independent classifier reads {_percent(found['share_as_asked'])} "
+        f"{_interval(found['interval'], 100, 1)} as the class that was asked for (of their starts "
+        f"{_percent(found['share_of_the_starts'])}). A row for each class:\n\n![Class-conditional chains](class-conditional.png)"
+    )
+
+
+def _long_chains(found):
+    rows = [
+        [steps, f"{row['frechet_distance']:.2f}", f"{row['ratio_to_floor']:.2f}", f"{row['entropy']:.4f}"]
+        for steps, row in found["steps"].items()
+    ]
+    return (
+        f"## Long chains\n\n{found['chains']} fresh chains, judged after more and more steps; the floor is {found['floor']:.2f}, that "
+        f"of as many training images.\n\n{_table(['steps', 'Fréchet distance', 'of the floor', 'class entropy / ln K'], rows)}\n\n"
+        "The same chains in each row, the number of steps growing downwards:\n\n![Long chains](long-chains.png)"
     )
 
 

@@ -1,5 +1,6 @@
 """The report, end to end on the tiny run, and out-of-distribution data of every kind that users bring."""
 
+import argparse
 import json
 import re
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+import chain_quality
 import data
 import evaluate
 import measurements
+import metrics
 import runs
 from cli import UserError
-from models import energy, predict
+from models import energy, joint_energy, predict
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,8 @@ def report(tiny_run, tmp_path_factory):
 def test_the_report_has_every_section_for_both_models_with_intervals(report):
     found = json.loads((report / "report.json").read_text())
     assert list(found) == [
-        "protocol", "classification", "out_of_distribution", "robustness", "distal_adversarials", "samples", "chains",
+        "protocol", "classification", "out_of_distribution", "robustness", "distal_adversarials", "samples",
+        "class_conditional", "long_chains", "chains",
     ]  # fmt: skip
     for name in ("jem", "classifier"):
         row = found["classification"][name]
@@ -47,6 +51,7 @@ def test_the_report_has_every_section_for_both_models_with_intervals(report):
     assert found["protocol"]["sizes"]["bins"] == 15 and found["protocol"]["splits"]["test"] == 360
     assert set(found["samples"]["kinds"]) == {"training images", "buffer", "fresh", "test images"}
     assert set(found["robustness"]["curves"]) == {"linf", "l2"}
+    assert list(found["long_chains"]["steps"]) == ["0", "10"]
 
 
 def test_the_numbers_are_those_of_the_model(report, tiny_run, digits):
@@ -65,7 +70,7 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
     text = (report / "report.md").read_text()
     figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     pictures = {path.name for path in report.iterdir() if path.suffix == ".png"}
-    assert set(figures) == pictures and len(figures) == 12
+    assert set(figures) == pictures and len(figures) == 14
     for name in figures:
         with Image.open(report / name) as picture:
             assert picture.size[0] > 100
@@ -75,7 +80,7 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
 def test_one_folder_keeps_a_feature_classifier_for_each_data_set(report, digits):
     place = report / "feature-classifier-digits" / "classifier.pt"
     written = place.stat().st_mtime_ns
-    measurements.feature_network(digits, report, torch.device("cpu"))
+    chain_quality.feature_network(digits, report, torch.device("cpu"))
     assert place.stat().st_mtime_ns == written  # the finished one is used again
     assert runs.load_checkpoint(place, "classifier")["dataset"] == "digits"
 
@@ -97,6 +102,32 @@ def test_scores_that_are_not_finite_are_an_error_that_names_them(tiny_run, tmp_p
     with pytest.raises(SystemExit) as caught:
         evaluate.main(["--checkpoint", str(tiny_run / "jem.pt"), "--dry-run", "--ood", "constant", "--attacks", "none"])
     assert caught.value.code == 1 and "jem energy on constant" in capsys.readouterr().err
+
+
+def test_class_conditional_chains_climb_the_logit_of_the_class_that_they_were_asked_for(checkpoint, digits):
+    model = runs.load_model(checkpoint, "cpu")
+    x, labels = chain_quality.starts(checkpoint, 100, torch.Generator().manual_seed(0))
+    end = chain_quality.extend(checkpoint, model, x, 20, torch.Generator().manual_seed(1), labels)
+    before, after = (joint_energy(predict(model, images), labels) for images in (x, end))
+    assert after.mean() < before.mean() - 0.5
+    other = chain_quality.extend(checkpoint, model, x, 20, torch.Generator().manual_seed(1), (labels + 1) % 10)
+    assert joint_energy(predict(model, other), labels).mean() > after.mean() + 0.5
+
+
+def test_long_chains_are_one_run_whose_first_row_is_the_restart_distribution(report, checkpoint, digits):
+    model, sizes = runs.load_model(checkpoint, "cpu"), {"long_chains": 50, "longest": 30}
+    args = argparse.Namespace(seed=0)
+    found = chain_quality.long_chains(checkpoint, model, digits, args, sizes, report, torch.device("cpu"))
+    assert list(found["steps"]) == ["0", "10", "30"]
+    network = chain_quality.feature_network(digits, report, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    x, _ = chain_quality.starts(checkpoint, 50, generator)
+    reference = predict(network.features, digits.test.images)
+    for steps, more in (("0", 0), ("10", 10), ("30", 20)):
+        x = chain_quality.extend(checkpoint, model, x, more, generator)
+        distance = metrics.frechet_distance(predict(network.features, x), reference)
+        assert found["steps"][steps]["frechet_distance"] == pytest.approx(distance)
+        assert found["steps"][steps]["ratio_to_floor"] == pytest.approx(distance / found["floor"])
 
 
 def test_the_gradient_norm_is_that_of_the_energy(checkpoint, digits):
