@@ -78,14 +78,35 @@ def pgd(
     return Attack(best, ~wrong, first)
 
 
-def refined(energy_of, logits_of, *, steps, step_size, noise_std, pixel_grad_clip=None, clamp=None, generator=None):
+def single_step(logits_of, x, labels, norm, eps, *, step_size=None, generator=None, module=None):
+    """Attack images by one step from a random start inside the ball: the cheap attack of adversarial training.
+
+    norm, eps, generator, module: as in `pgd`. x: (N, C, H, W) float; pixels beyond [-1, 1] are clamped first.
+    labels: (N,) int64. step_size: > 0, in pixels on [0, 1]; None: 1.25 * eps.
+
+    Returns images (N, C, H, W) in [-1, 1], detached: where the step leads, whether it does harm or not.
+    Raises ValueError for unusable settings.
+    Source: Wong et al., "Fast is better than free: Revisiting adversarial training" (arXiv 2001.03994), algorithm 3.
+    """
+    x = x.detach().clamp(-1, 1)
+    _check(x, norm, eps, 1, step_size, 1, 1)
+    radius, step_length = 2 * eps, 2 * (1.25 * eps if step_size is None else step_size)
+    delta = _random_start(x, norm, radius, generator)
+    with sgld.frozen(_module_of(logits_of, module)):
+        _, gradient = _loss_and_gradient(logits_of, (x + delta).clamp_(-1, 1), labels, 1)
+    return (x + _project(delta + step_length * _direction(gradient, norm), norm, radius)).clamp_(-1, 1)
+
+
+def refined(
+    energy_of, logits_of, *, steps, step_size, noise_std, noise_first=False, pixel_grad_clip=None, clamp=None, generator=None,
+):  # fmt: skip
     """Return a classifier that takes some SGLD steps down the energy from its input before it classifies: JEM-K.
 
     x_0 = x, x_{k+1} = x_k - step_size * dE/dx_k + noise_std * eps_k, logits = f(x_K), K = steps.
 
     energy_of: callable, x (N, ...) -> (N,), twice differentiable in x for attacks. logits_of: x (N, ...) -> (N, K).
-    steps: >= 0; 0 is logits_of itself. step_size, noise_std, pixel_grad_clip, clamp, generator: as in
-        `sgld.langevin_step`, in pixels on [-1, 1].
+    steps: >= 0; 0 is logits_of itself. step_size, noise_std, noise_first, pixel_grad_clip, clamp, generator: as in
+        `sgld.run_chains`, in pixels on [-1, 1].
 
     The callable differentiates through all the steps where x requires grad, so `pgd` on it is an adaptive attack
     (which takes second derivatives and steps times the memory); elsewhere each step's graph is freed at once. It
@@ -98,10 +119,13 @@ def refined(energy_of, logits_of, *, steps, step_size, noise_std, pixel_grad_cli
 
     def refined_logits(x):
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return logits_of(sgld.run_chains(energy_of, x, steps, step_size, noise_std, **settings))
+            chains = sgld.run_chains(energy_of, x, steps, step_size, noise_std, noise_first=noise_first, **settings)
+            return logits_of(chains)
         for _ in range(steps):
+            if noise_first:
+                x = sgld.add_noise(x, noise_std, generator)
             gradient = torch.autograd.grad(energy_of(x).sum(), x, create_graph=True)[0]
-            x = sgld.langevin_step(x, gradient, step_size, noise_std, **settings)
+            x = sgld.langevin_step(x, gradient, step_size, 0 if noise_first else noise_std, **settings)
         return logits_of(x)
 
     return refined_logits

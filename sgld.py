@@ -69,6 +69,13 @@ def energy_and_gradient(energy, x, labels=None, chunk_size=None):
     return torch.cat(energies), torch.cat(gradients)
 
 
+def add_noise(x, noise_std, generator=None):
+    """Return x + noise_std * eps, eps ~ N(0, I); with noise_std 0 nothing is drawn and x itself comes back."""
+    if noise_std == 0:
+        return x
+    return torch.add(x, torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), alpha=noise_std)
+
+
 def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None):
     """Take one Langevin step down the energy: x - step_size * gradient + noise_std * eps.
 
@@ -81,17 +88,15 @@ def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, cl
     """
     if pixel_grad_clip is not None:
         gradient = gradient.clamp(-pixel_grad_clip, pixel_grad_clip)
-    new = torch.add(x, gradient, alpha=-step_size)
-    if noise_std > 0:
-        new.add_(torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), alpha=noise_std)
+    new = add_noise(torch.add(x, gradient, alpha=-step_size), noise_std, generator)
     if clamp is not None:
         new.clamp_(*clamp)
     return new
 
 
 def run_chains(
-    energy, x, steps, step_size, noise_std, *, labels=None, pixel_grad_clip=None, clamp=None, module=None,
-    chunk_size=None, generator=None, callback=None, return_trajectory=False,
+    energy, x, steps, step_size, noise_std, *, noise_first=False, labels=None, pixel_grad_clip=None, clamp=None,
+    module=None, chunk_size=None, generator=None, callback=None, return_trajectory=False,
 ):  # fmt: skip
     """Run N Langevin chains for some steps, all of them in each batched call, and return where they end.
 
@@ -99,11 +104,14 @@ def run_chains(
         so the result does not depend on chunk_size beyond rounding.
     x: (N, ...) float, the chains' start; left as it is.
     steps: >= 0. step_size, noise_std, pixel_grad_clip, clamp: as in `langevin_step`.
+    noise_first: a step adds its noise before it takes the gradient, x' = x + noise_std * eps, x <- x' - step_size *
+        dE/dx', instead of after it. It is the same dynamics seen half a step later, at its cleanest: the noise that
+        a chain carries has been through the gradient once.
     module: the torch.nn.Module behind the energy, held in eval mode with frozen parameters meanwhile and restored
         exactly (see `frozen`); an energy that is itself a Module is found without it.
     generator: torch.Generator on x's device: same seed, same chains, bit for bit on CPU.
-    callback: called as callback(step, x, energy) before each step with the step's number from 0, the chains then
-        and their energies (N,).
+    callback: called as callback(step, x, energy) in each step with the step's number from 0, the chains where the
+        gradient is taken and their energies (N,).
     return_trajectory: return (steps + 1, N, ...) instead, the start first and the end last.
 
     Returns (N, ...) float, detached. Raises ValueError for unusable settings and FloatingPointError, with the step,
@@ -114,16 +122,17 @@ def run_chains(
         module = energy
     x = x.detach()
     trajectory = [x]
+    step_settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp, "generator": generator}
     finite = []  # stays on the device and is read once, after the last step: no synchronisation inside the chain
     with frozen(module):
         for step in range(steps):
+            if noise_first:
+                x = add_noise(x, noise_std, generator)
             values, gradient = energy_and_gradient(energy, x, labels, chunk_size)
             if callback is not None:
                 callback(step, x, values)
             finite.append(torch.isfinite(values).all())
-            x = langevin_step(
-                x, gradient, step_size, noise_std, pixel_grad_clip=pixel_grad_clip, clamp=clamp, generator=generator
-            )
+            x = langevin_step(x, gradient, step_size, 0 if noise_first else noise_std, **step_settings)
             if return_trajectory:
                 trajectory.append(x)
     finite.append(torch.isfinite(x).all())

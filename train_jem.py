@@ -8,6 +8,8 @@ It writes jem.pt, metrics.csv, curves.png, samples.png, grids/epoch-*.png and co
 
 from __future__ import annotations
 
+import argparse
+
 import cli
 
 
@@ -36,6 +38,10 @@ def build_parser():
     group.add_argument(
         "--noise-std", type=cli.non_negative, help="standard deviation of the noise of a step, pixels on [-1, 1]"
     )
+    group.add_argument(
+        "--noise-first", action=argparse.BooleanOptionalAction,
+        help="add a step's noise before its gradient, so that chains are seen at their cleanest",
+    )  # fmt: skip
     group.add_argument("--pixel-grad-clip", type=cli.non_negative, help="clip each pixel's energy gradient to this; 0: not")
     group.add_argument(
         "--clamp", type=cli.non_negative, default=1.0, help="clamp the chains' pixels to [-CLAMP, CLAMP]; 0: not"
@@ -173,6 +179,7 @@ def sgld_settings(args):
     return {
         "step_size": args.step_size,
         "noise_std": args.noise_std,
+        "noise_first": args.noise_first,
         "pixel_grad_clip": args.pixel_grad_clip or None,
         "clamp": (-args.clamp, args.clamp) if args.clamp else None,
     }
@@ -192,12 +199,16 @@ def iterate(run, buffer, images, labels):
     )  # fmt: skip
     buffer.put(slots, chains, args.steps)
 
+    if args.clamp:
+        images = images.clamp(-args.clamp, args.clamp)  # input noise, too, leads only where chains can go
+    attacked = run.attacked(images, labels)
+    batch = [images, chains] if attacked is images else [images, chains, attacked]
     with run.autocast():
-        both = run.model(torch.cat([images, chains])).float()
-    logits, chain_logits = both.split([len(images), len(chains)])
+        logits, chain_logits, *rest = run.model(torch.cat(batch)).float().split(args.batch_size)
+    attacked_logits = rest[0] if rest else logits
     energy_positive, energy_negative = energy(logits), energy(chain_logits)
 
-    cross = cross_entropy(logits, labels)
+    cross = cross_entropy(attacked_logits, labels)
     loss = args.p_y_given_x_weight * cross
     loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
     if conditional:
@@ -207,7 +218,7 @@ def iterate(run, buffer, images, labels):
     run.update(
         loss,
         cross_entropy=cross,
-        accuracy=(logits.argmax(1) == labels).float().mean(),
+        accuracy=(attacked_logits.argmax(1) == labels).float().mean(),
         energy_positive=energy_positive.mean(),
         energy_negative=energy_negative.mean(),
         energy_gap=energy_negative.mean() - energy_positive.mean(),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import cli
 import plots
 import runs
+from attacks import single_step
 from cli import UserError
 from models import build_model
 
@@ -115,6 +116,18 @@ class Training:
             yield images + self.args.input_noise * noise, self.train_split.labels[chosen]
             bar.update()
         bar.close()
+
+    def attacked(self, images, labels):
+        """Return a batch as the cross-entropy is to see it: after one attack step where args.adversarial_eps is above 0."""
+        if not self.args.adversarial_eps:
+            return images
+
+        def logits_of(x):
+            with self.autocast():
+                return self.model(x).float()
+
+        settings = {"generator": self.generator, "module": self.model}
+        return single_step(logits_of, images, labels, "linf", self.args.adversarial_eps, **settings)
 
     def autocast(self):
         """Return the context in which the network is called."""

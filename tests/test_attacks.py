@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import attacks
-from attacks import distal, pgd, refined
+from attacks import distal, pgd, refined, single_step
 from models import build_model, energy
 from sgld import langevin_step, run_chains
 
@@ -374,6 +374,24 @@ def test_a_climb_that_means_nothing_is_refused_by_name(settings):
         distal(lambda x: x.flatten(1), **{**usable, **settings})
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_single_step_does_harm_and_stays_in_the_ball_and_in_the_pixel_range(norm):
+    weights = uniform(16, 3, seed=3)
+
+    def logits_of(x):
+        return x.flatten(1) @ weights
+
+    x, labels = uniform(50, 1, 4, 4, seed=1) * 1.2, torch.arange(50) % 3
+    inside = x.clamp(-1, 1)
+    images = single_step(logits_of, x, labels, norm, 0.1, generator=generator())
+    assert (images.abs() <= 1).all() and not images.requires_grad
+    radius = (images - inside).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
+    assert (radius <= 0.2 + 1e-6).all() and radius.mean() > 0.15
+    losses = [torch.nn.functional.cross_entropy(logits_of(at), labels, reduction="none") for at in (inside, images)]
+    assert (losses[1] > losses[0]).all()
+    assert torch.equal(single_step(logits_of, x, labels, norm, 0), inside)
+
+
 def smooth_model(dtype=torch.float64):
     """Return logits_of and energy_of of a small smooth network on (N, 1, 2, 2)."""
     weights = uniform(4, 6, seed=3, dtype=dtype), uniform(6, 3, seed=4, dtype=dtype) * 3
@@ -395,11 +413,11 @@ def test_refinement_by_zero_steps_is_the_classifier_itself():
     assert torch.equal(classify(x.requires_grad_()), logits_of(x))
 
 
-@pytest.mark.parametrize("noise_std", [0, 0.2])
+@pytest.mark.parametrize("noise_std, noise_first", [(0, False), (0.2, False), (0.2, True)])
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_refinement_is_a_run_of_chains_from_the_input_and_then_the_classifier(noise_std, differentiable):
+def test_refinement_is_a_run_of_chains_from_the_input_and_then_the_classifier(noise_std, noise_first, differentiable):
     logits_of, energy_of = smooth_model()
-    x, settings = uniform(5, 1, 2, 2, dtype=torch.float64), {**SGLD, "noise_std": noise_std}
+    x, settings = uniform(5, 1, 2, 2, dtype=torch.float64), {**SGLD, "noise_std": noise_std, "noise_first": noise_first}
     expected = logits_of(run_chains(energy_of, x, generator=generator(1), **settings))
     logits = refined(energy_of, logits_of, generator=generator(1), **settings)(x.requires_grad_(differentiable))
     assert torch.equal(logits, expected)

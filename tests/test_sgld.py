@@ -73,6 +73,24 @@ def test_stationary_variance_on_a_quadratic_energy_is_the_closed_form(curvature,
     assert abs(end.var() / variance - 1) < 5 * (2 / chains) ** 0.5 + left_over
 
 
+@pytest.mark.parametrize("curvature, step_size, noise_std", [(1.0, 0.1, 0.3), (1.5, 0.5, 0.2)])
+def test_with_the_noise_first_the_stationary_variance_is_that_after_the_gradient(curvature, step_size, noise_std):
+    chains, rate = 20_000, (1 - curvature * step_size) ** 2
+    steps = int(8 / (curvature * step_size))
+    variance = rate * noise_std**2 / (1 - rate)
+    settings = {"noise_first": True, "generator": generator(2)}
+    end = run_chains(quadratic(curvature), torch.zeros(chains, 1), steps, step_size, noise_std, **settings)
+    assert abs(end.var() / variance - 1) < 5 * (2 / chains) ** 0.5 + rate**steps
+
+
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_a_run_of_chains_cut_in_two_is_the_same_run(noise_first):
+    x, source, settings = torch.randn(5, 3, generator=generator()), generator(1), {"noise_first": noise_first}
+    whole = run_chains(quadratic(1.0), x, 7, 0.1, 0.2, generator=generator(1), **settings)
+    half = run_chains(quadratic(1.0), x, 4, 0.1, 0.2, generator=source, **settings)
+    assert torch.equal(run_chains(quadratic(1.0), half, 3, 0.1, 0.2, generator=source, **settings), whole)
+
+
 def test_moments_of_a_two_component_mixture_at_temperature_one():
     weights, means, deviation = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 1.5]), 0.7
 
