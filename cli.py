@@ -22,14 +22,14 @@ PRESETS = {
     "digits": {
         "arch": "small-cnn", "width": 48, "depth": 2,
         "epochs": 60, "pretrain_epochs": 20, "batch_size": 64, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.99,
-        "input_noise": 0.05, "adversarial_eps": 0.0, "p_x_weight": 0.3, "energy_reg": 0.001,
+        "input_noise": 0.05, "augment": 0.0, "adversarial_eps": 0.0, "p_x_weight": 0.3, "energy_reg": 0.001,
         "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
         "buffer_size": 2000, "reinit_prob": 0.05,
     },
     "mnist": {
         "arch": "small-cnn", "width": 16, "depth": 3,
         "epochs": 2, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
-        "input_noise": 0.05, "adversarial_eps": 0.1, "p_x_weight": 0.1, "energy_reg": 0.001,
+        "input_noise": 0.05, "augment": 1.0, "adversarial_eps": 0.1, "p_x_weight": 0.1, "energy_reg": 0.001,
         "steps": 10, "step_size": 0.5, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 1.0,
         "buffer_size": 10000, "reinit_prob": 0.05,
     },
@@ -161,9 +161,14 @@ def add_optimisation_flags(parser):
         "--input-noise", type=non_negative, help="standard deviation of the noise on training images, pixels on [-1, 1]"
     )
     group.add_argument(
+        "--augment", type=non_negative,
+        help="for the cross-entropy alone: strength of random rotation, zoom, shear and shift, 1 being 11 degrees, 10 %%, "
+        "0.15 and a fourteenth of the side; 0: not",
+    )  # fmt: skip
+    group.add_argument(
         "--adversarial-eps", type=fraction,
-        help="adversarial training: the cross-entropy sees each image after one attack step inside this L-inf radius, "
-        "pixels on [0, 1]; 0: not",
+        help="for the cross-entropy alone: adversarial training, each image after one attack step inside this L-inf "
+        "radius, pixels on [0, 1]; 0: not",
     )  # fmt: skip
     add_precision_flag(group)
     return group

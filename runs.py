@@ -27,7 +27,7 @@ COLUMNS = {
     "epoch": "step divided by the iterations of an epoch",
     "minutes": "wall-clock minutes of the run, pretraining in it included",
     "lr": "learning rate of the last iteration",
-    "cross_entropy": "-log p(y|x) on training batches with input noise, nat",
+    "cross_entropy": "-log p(y|x) on training batches, augmented, with input noise and attacked as the flags say, nat",
     "accuracy": "share of those that the network classifies right",
     "energy_positive": "mean E on training batches",
     "energy_negative": "mean E on the chains after their Langevin steps",

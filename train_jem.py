@@ -199,16 +199,18 @@ def iterate(run, buffer, images, labels):
     )  # fmt: skip
     buffer.put(slots, chains, args.steps)
 
+    positives = run.noisy(images)
     if args.clamp:
-        images = images.clamp(-args.clamp, args.clamp)  # input noise, too, leads only where chains can go
-    attacked = run.attacked(images, labels)
-    batch = [images, chains] if attacked is images else [images, chains, attacked]
+        positives = positives.clamp(-args.clamp, args.clamp)  # the data lie where the chains can go
+    batch = [positives, chains]
+    if args.augment or args.adversarial_eps:
+        batch.append(run.made_hard(images, labels))
     with run.autocast():
-        logits, chain_logits, *rest = run.model(torch.cat(batch)).float().split(args.batch_size)
-    attacked_logits = rest[0] if rest else logits
+        parts = run.model(torch.cat(batch)).float().split(args.batch_size)
+    logits, chain_logits, class_logits = parts[0], parts[1], parts[-1] if len(parts) > 2 else parts[0]
     energy_positive, energy_negative = energy(logits), energy(chain_logits)
 
-    cross = cross_entropy(attacked_logits, labels)
+    cross = cross_entropy(class_logits, labels)
     loss = args.p_y_given_x_weight * cross
     loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
     if conditional:
@@ -218,7 +220,7 @@ def iterate(run, buffer, images, labels):
     run.update(
         loss,
         cross_entropy=cross,
-        accuracy=(attacked_logits.argmax(1) == labels).float().mean(),
+        accuracy=(class_logits.argmax(1) == labels).float().mean(),
         energy_positive=energy_positive.mean(),
         energy_negative=energy_negative.mean(),
         energy_gap=energy_negative.mean() - energy_positive.mean(),

@@ -15,7 +15,9 @@ import plots
 import runs
 from attacks import single_step
 from cli import UserError
+from data import augment
 from models import build_model
+from sgld import add_noise
 
 OPTIMISERS = {
     "adam": torch.optim.Adam,
@@ -99,7 +101,7 @@ class Training:
         return min(max(shares), 1.0)
 
     def batches(self):
-        """Yield (images with input noise, labels) for each iteration until the budget is spent.
+        """Yield (images, labels) for each iteration until the budget is spent.
 
         Each iteration's body calls `update` once; the last, incomplete batch of an epoch is left out.
         """
@@ -111,14 +113,19 @@ class Training:
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(len(self.train_split.labels), self.args.seed, epoch).to(self.device), epoch
             chosen = order[position * self.args.batch_size : (position + 1) * self.args.batch_size]
-            images = self.train_split.images[chosen]
-            noise = torch.randn(images.shape, device=self.device, generator=self.generator)
-            yield images + self.args.input_noise * noise, self.train_split.labels[chosen]
+            yield self.train_split.images[chosen], self.train_split.labels[chosen]
             bar.update()
         bar.close()
 
-    def attacked(self, images, labels):
-        """Return a batch as the cross-entropy is to see it: after one attack step where args.adversarial_eps is above 0."""
+    def noisy(self, images):
+        """Return images with the input noise."""
+        return add_noise(images, self.args.input_noise, self.generator)
+
+    def made_hard(self, images, labels):
+        """Return images as the cross-entropy is to see them: augmented, with input noise, attacked in one step."""
+        if self.args.augment:
+            images = augment(images, self.args.augment, self.generator)
+        images = self.noisy(images)
         if not self.args.adversarial_eps:
             return images
 

@@ -30,6 +30,22 @@ def test_scaling_and_its_inverse_cancel():
     assert data.to_unit(torch.tensor([-7.0, 7.0])).tolist() == [0, 1]
 
 
+def test_augmentation_moves_each_image_by_itself_within_its_bounds():
+    dots = torch.full((200, 1, 28, 28), -1.0)
+    dots[:, :, 13:15, 13:15] = 1.0
+    moved = data.augment(dots, 1.0, torch.Generator().manual_seed(0))
+    mass, axis = moved + 1, torch.arange(28.0)
+    rows, columns = ((mass.sum(dim) * axis).sum(-1) / mass.sum((2, 3)) for dim in (3, 2))
+    assert len(torch.stack([rows, columns]).unique()) == 400  # no two alike
+    for centre in (rows, columns):
+        assert 1.5 < (centre - 13.5).abs().max() < 3 and (centre - 13.5).mean().abs() < 0.5
+    assert moved[:, :, 0, 0].eq(-1).all()  # background comes in from outside
+
+
+def test_augmentation_of_no_strength_changes_nothing(digits):
+    torch.testing.assert_close(data.augment(digits.test.images, 0.0), digits.test.images, atol=1e-5, rtol=0)
+
+
 def test_digits_are_split_without_overlap_and_with_every_class(digits):
     assert [len(split.labels) for split in (digits.train, digits.val, digits.test)] == [1257, 180, 360]
     everything = torch.cat([digits.train.images, digits.val.images, digits.test.images]).flatten(1)

@@ -88,11 +88,13 @@ def test_the_energy_loss_has_the_value_and_the_sign_computed_by_hand():
     assert energy_regulariser(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])).item() == 5 + 2.5
 
 
+@pytest.mark.parametrize("hard", [[], ["--adversarial-eps", "0.1"]])
 @pytest.mark.parametrize("flags, conditional", [(["--p-x-weight", "0.7"], False), (["--p-xy-weight", "0.7"], True)])
-def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monkeypatch, flags, conditional):
+def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monkeypatch, flags, conditional, hard):
     args = train_jem.parse_args(
         [*TINY, *flags, "--batch-size", "16", "--buffer-size", "16", "--reinit-prob", "0", "--energy-reg", "0.02",
-         "--p-y-given-x-weight", "0.4", "--precision", "float32"]
+         "--p-y-given-x-weight", "0.4", "--precision", "float32", "--input-noise", "0", "--augment", "0",
+         "--adversarial-eps", "0", *hard]
     )  # fmt: skip
     run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
     buffer = ReplayBuffer(16, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
@@ -100,6 +102,8 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
     monkeypatch.setattr(run, "update", lambda loss, **values: logged.update(values, loss=loss))
     before = buffer.images.clone()
     images, labels = digits.train.images[:16], digits.train.labels[:16]
+    if hard:
+        monkeypatch.setattr(run, "made_hard", lambda images, labels: images.flip(3))
     train_jem.iterate(run, buffer, images, labels)
 
     assert not torch.equal(before, buffer.images) and (buffer.ages == args.steps).all()
@@ -108,7 +112,8 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
         gap = joint_energy(logits, labels).mean() - joint_energy(chain_logits, buffer.labels).mean()
     else:
         gap = energy(logits).mean() - energy(chain_logits).mean()
-    cross = -logits.log_softmax(1)[range(16), labels].mean()
+    class_logits = run.model(images.flip(3)) if hard else logits  # the density's terms see the images as they are
+    cross = -class_logits.log_softmax(1)[range(16), labels].mean()
     squares = energy(logits).square().mean() + energy(chain_logits).square().mean()
     torch.testing.assert_close(logged["loss"], 0.4 * cross + 0.7 * gap + 0.02 * squares)
     torch.testing.assert_close(logged["energy_gap"], energy(chain_logits).mean() - energy(logits).mean())

@@ -36,11 +36,26 @@ def test_batches_come_in_epochs_with_noise_of_the_given_size(tmp_path, digits):
         order = epoch_order(1257, 0, 0)[run.step * 100 : (run.step + 1) * 100]
         assert torch.equal(labels, digits.train.labels[order])
         seen.append(order)
-        noise.append(images - digits.train.images[order])
+        assert torch.equal(images, digits.train.images[order])
+        noise.append(run.noisy(images) - images)
         run.update(run.model(images).sum() * 0)
     assert len(seen) == 12 and len(torch.cat(seen).unique()) == 1200
     noise = torch.cat(noise)
     assert abs(noise.std() / 0.5 - 1) < 5 * (2 * noise.numel()) ** -0.5
+
+
+def test_the_classifier_sees_images_that_are_augmented_noisy_and_then_attacked(tmp_path, digits):
+    run = make_run(tmp_path, digits, "--input-noise", "0", "--augment", "0", "--adversarial-eps", "0.1")
+    images, labels = digits.train.images[:100], digits.train.labels[:100]
+    hard = run.made_hard(images, labels)
+    assert (hard - images).abs().max() <= 0.2 + 1e-6 and hard.abs().max() <= 1
+    losses = [torch.nn.functional.cross_entropy(run.model(x), labels).item() for x in (images, hard)]
+    assert losses[1] > losses[0]
+    run.args.adversarial_eps = 0
+    assert torch.equal(run.made_hard(images, labels), images)
+    run.args.augment, run.args.input_noise = 1, 0.5
+    moved = run.made_hard(images, labels) - images
+    assert abs(moved.std() - 0.5) > 0.01  # more than the noise alone
 
 
 def test_a_budget_of_minutes_ends_a_run_with_the_schedule_complete(tmp_path, digits, monkeypatch):
