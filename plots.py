@@ -205,6 +205,27 @@ def save_chains(energies, correlation, displacements, saturated, path):
     _finish(figure, path)
 
 
+def save_quality(curves, names, path):
+    """Draw quality against minutes: a panel for each name, a colour for each variant, a line for each of its runs.
+
+    curves: {variant: [run, ...]}, a run being a list of {"minutes", name: value, ...} with minutes growing.
+    """
+    figure, axes = _panels(2, -(-len(names) // 2), 3.4, 2.6)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for index, (variant, runs) in enumerate(curves.items()):
+            colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+            for number, run in enumerate(runs):
+                points = [(row["minutes"], row[name]) for row in run if name in row]
+                if points:
+                    label = variant if number == 0 else None
+                    axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=".", linewidth=1.2)
+        ratio = name in ("buffer", "fresh")
+        axis.set(title=f"{name}: Fréchet / floor" if ratio else name, xlabel="minutes", yscale="log" if ratio else "linear")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    _finish(figure, path)
+
+
 def _panels(rows, columns, width, height):
     """Return a figure and its axes (rows, columns), each panel width x height inches."""
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")

@@ -57,6 +57,9 @@ def build_parser():
     cli.add_rerun_flags(group)
     group.add_argument("--log-every", type=cli.positive_int, default=50, help="iterations between two rows of metrics.csv")
     group.add_argument(
+        "--save-minutes", type=cli.positive, default=1.0, help="minutes between two checkpoints besides those that end an epoch"
+    )
+    group.add_argument(
         "--grid-every", type=cli.positive_int, default=1, help="epochs between two sample grids after the first epoch"
     )
     return parser
@@ -260,10 +263,11 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
         if run.epoch_ends():
             val_loss, val_accuracy = train_classifier.evaluate(run.averaged, dataset.val)
             run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
-            checkpoint = make_checkpoint(run, buffer)
-            run.save(checkpoint)
         elif run.step % args.log_every == 0:
             run.write_row()
+        if run.save_is_due():
+            checkpoint = make_checkpoint(run, buffer)
+            run.save(checkpoint)
         if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
             save_grids(run, buffer)
     return checkpoint

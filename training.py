@@ -79,7 +79,7 @@ class Training:
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:
             self._load(resumed["training"])
-        self.began = self.drawn = time.perf_counter()
+        self.began = self.drawn = self.saved = time.perf_counter()
         runs.write_config(
             folder, phase, args, device=str(device), precision=self.precision, model_config=self.model_config
         )  # fmt: skip
@@ -101,13 +101,13 @@ class Training:
         return min(max(shares), 1.0)
 
     def batches(self):
-        """Yield (images, labels) for each iteration until the budget is spent.
+        """Yield (images, labels) for each iteration until the budget is spent, for one at least.
 
         Each iteration's body calls `update` once; the last, incomplete batch of an epoch is left out.
         """
         bar = tqdm(total=self.steps, initial=self.step, desc=self.phase, unit="it", disable=None)
         self.bar, self.done, order_epoch = bar, self.progress(), None
-        while self.done < 1:
+        while self.done < 1 or not self.step:
             self.began = time.perf_counter()
             epoch, position = divmod(self.step, self.epoch_steps)
             if epoch != order_epoch:
@@ -160,6 +160,10 @@ class Training:
         """Tell whether the last update ended an epoch or the run."""
         return self.step % self.epoch_steps == 0 or self.done >= 1
 
+    def save_is_due(self):
+        """Tell whether a checkpoint is to be written: at the end of an epoch, or args.save_minutes after the last."""
+        return self.epoch_ends() or time.perf_counter() - self.saved > 60 * self.args.save_minutes
+
     def write_row(self, **values):
         """Write a row of metrics.csv and show its most telling numbers."""
         row = self.log.write(self.step, self.step / self.epoch_steps, self.minutes(), self.lr, **values)
@@ -174,6 +178,7 @@ class Training:
     def save(self, checkpoint):
         """Write the phase's checkpoint, and the curves: at the end, and before it no more often than they are looked at."""
         runs.save_checkpoint(self.folder / f"{self.phase}.pt", self.phase, **checkpoint)
+        self.saved = time.perf_counter()
         if self.done >= 1 or time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
             plots.save_curves(runs.read_metrics(self.folder / "metrics.csv"), self.folder / "curves.png")
             self.drawn = time.perf_counter()

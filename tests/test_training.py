@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 
+import runs
 import train_jem
 from cli import UserError
 from training import Training, epoch_order, learning_rate
@@ -67,6 +68,19 @@ def test_a_budget_of_minutes_ends_a_run_with_the_schedule_complete(tmp_path, dig
         run.update(run.model(images).square().mean())
         rates.append(run.lr)
     assert len(rates) == 20 and rates[-1] < 0.05 * max(rates) and run.done == 1
+
+
+def test_a_budget_that_is_spent_before_the_first_iteration_still_gives_a_checkpoint(tmp_path):
+    train_jem.main([*TINY, "--max-minutes", "0.0001", "--out-dir", str(tmp_path)])
+    for phase in ("classifier", "jem"):
+        assert runs.load_checkpoint(tmp_path / f"{phase}.pt", phase)["training"]["step"] == 1
+
+
+def test_checkpoints_are_written_between_the_ends_of_epochs_too(tmp_path, digits, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Training, "save", lambda run, checkpoint: saved.append(checkpoint["training"]["step"]))
+    train_jem.main([*TINY, "--from-scratch", "--epochs", "1", "--save-minutes", "1e-9", "--out-dir", str(tmp_path)])
+    assert saved == list(range(1, 20))
 
 
 def test_epochs_and_minutes_together_end_with_whichever_comes_first(tmp_path, digits):

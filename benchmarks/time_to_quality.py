@@ -1,0 +1,207 @@
+"""Train one or more recipes under one budget and draw quality against minutes: accuracy, calibration, samples, OOD, attacks.
+
+    python benchmarks/time_to_quality.py --dataset digits --minutes 0.5
+
+trains each --variant (a name and flags of train_jem.py; without any the preset itself) with each --seed, measures every
+checkpoint that the run leaves behind after the training, off its clock, on the validation split, and writes quality.json,
+quality.md and quality.png. With --test the end of each run is measured on the test set too; that is for reports, not for
+choosing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+
+# Sizes of a measurement: images of each kind; steps and restarts of the attacks.
+POINT = {"samples": 2000, "attacked": 200, "attack_steps": 10, "restarts": 1}
+END = {"samples": 10_000, "attacked": 1000, "attack_steps": 40, "restarts": 2}
+OOD = {"val": ("rotated", "inverted"), "test": ("kmnist", "rotated", "inverted")}
+ATTACKS = {"linf": 0.1, "l2": 1.5}  # radius, pixels on [0, 1]
+FIGURE = ("accuracy", "ece", "buffer", "fresh", "ood rotated", "linf 0.1")
+
+
+def parse_args(argv=None):
+    """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
+    parser = cli.Parser(__doc__)
+    cli.add_data_dir_flag(parser)
+    parser.add_argument("--dataset", choices=cli.DATASETS, default="mnist", help="data set, and with it the preset")
+    parser.add_argument("--minutes", type=cli.positive, default=10.0, help="wall-clock budget of each training")
+    parser.add_argument("--seeds", type=cli.seed, nargs="+", default=[0], help="seeds of the trainings")
+    parser.add_argument(
+        "--variant", action="append", metavar="NAME:FLAGS",
+        help="a name, a colon and flags of train_jem.py, in one string; once for each variant",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=cli.positive_int, default=1, help="trainings at once, the processor's cores shared out")
+    parser.add_argument("--save-minutes", type=cli.positive, default=0.5, help="minutes between two points of the curve")
+    parser.add_argument("--kmnist", metavar="FILE", help=".npz of KMNIST test images, for --test")
+    parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set as well")
+    parser.add_argument("--out-dir", default="results/quality", help="folder that receives everything the script writes")
+    args = parser.parse_args(argv)
+    args.variant = [word.partition(":")[::2] for word in args.variant or ["preset:"]]
+    return args
+
+
+def train(args, name, flags, seed, cores):
+    """Run train_jem.py under the budget and keep a copy of every checkpoint that it writes; returns their paths."""
+    folder = Path(args.out_dir) / "runs" / f"{name.replace(' ', '-')}-seed-{seed}"
+    points = folder / "points"
+    shutil.rmtree(folder, ignore_errors=True)
+    points.mkdir(parents=True)
+    command = [
+        sys.executable, str(ROOT / "train_jem.py"), "--dataset", args.dataset, "--data-dir", args.data_dir,
+        "--seed", str(seed), "--max-minutes", str(args.minutes), "--save-minutes", str(args.save_minutes),
+        "--out-dir", str(folder), *shlex.split(flags),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    checkpoint, kept, seen = folder / "jem.pt", [], None
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, cores)
+        while True:
+            ended = process.poll() is not None
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
+                seen = checkpoint.stat().st_mtime_ns
+                kept.append(points / f"{len(kept):04d}.pt")
+                shutil.copyfile(checkpoint, kept[-1])  # always a whole file: a checkpoint is renamed into its place
+            if ended:
+                break
+            time.sleep(0.2)
+    print(f"{name}, seed {seed}: exit code {process.returncode}, {len(kept)} checkpoints", flush=True)
+    return process.returncode, kept
+
+
+def judge(path, dataset, part, network, sizes, sets, with_attacks=True):
+    """Measure a checkpoint on a split ("val" or "test"): a dict of plain numbers, shares in 0..1, Fréchet ratios."""
+    import torch
+    from sklearn.metrics import roc_auc_score
+
+    import chain_quality
+    import data
+    import measurements
+    import metrics
+    import runs
+    from models import energy, predict
+
+    checkpoint = runs.load_checkpoint(path, "jem")
+    model, split = runs.load_model(checkpoint, "cpu").eval(), getattr(dataset, part)
+    logits = predict(model, split.images)
+    calibration = metrics.calibration(logits, split.labels)
+    row = {
+        "minutes": checkpoint["training"]["minutes"], "step": checkpoint["training"]["step"],
+        "accuracy": float((logits.argmax(1) == split.labels).double().mean()), "ece": calibration["ece"],
+    }  # fmt: skip
+    count = min(sizes["samples"], len(split.labels), len(dataset.train.labels), len(checkpoint["buffer"]["labels"]))
+    steps, generator = runs.fresh_steps(checkpoint), torch.Generator().manual_seed(0)
+    order = torch.randperm(len(dataset.train.labels), generator=generator)
+    reference = predict(network.features, split.images)
+    floor = metrics.frechet_distance(predict(network.features, dataset.train.images[order[:count]]), reference)
+    chains = {
+        "buffer": checkpoint["buffer"]["images"][:count],
+        "fresh": chain_quality.fresh_chains(checkpoint, model, count, steps, generator),
+    }
+    for kind, images in chains.items():
+        features = predict(network.features, images)
+        row[kind] = metrics.frechet_distance(features, reference) / floor
+        classes = network.head(features).argmax(1)
+        row[f"{kind} class entropy"] = metrics.class_histogram(classes, dataset.num_classes)["entropy"]
+    inside = energy(logits)
+    for label, name in sets.items():
+        images, _ = data.load_ood(name, split.images, "", 10_000, torch.Generator().manual_seed(0))
+        scores = torch.cat([inside, energy(predict(model, images))])
+        row[f"ood {label}"] = float(roc_auc_score([0] * len(inside) + [1] * len(images), scores.numpy()))
+    if with_attacks:
+        images, labels = (tensor[: sizes["attacked"]] for tensor in split)
+        settings = {"seed": 0, "steps": sizes["attack_steps"], "restarts": sizes["restarts"]}
+        for norm, radius in ATTACKS.items():
+            row[f"{norm} {radius:g}"] = measurements.attack(model, model, images, labels, norm, radius, **settings)["accuracy"]
+    return row
+
+
+def markdown(args, found):
+    """Return the table of the runs' ends: mean and standard deviation over the seeds."""
+    import statistics
+
+    lines = [f"Made by `python benchmarks/time_to_quality.py {shlex.join(args.given)}`.", ""]
+    for part in ("val", "test"):
+        ends = {name: [run[part] for run in runs if run.get(part)] for name, runs in found.items()}
+        if not any(ends.values()):
+            continue
+        columns = list(next(rows for rows in ends.values() if rows)[0])
+        lines += [f"### At the end, {'validation split' if part == 'val' else 'test set'}", ""]
+        lines += ["| | runs | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+        for name, rows in ends.items():
+            cells = []
+            for column in columns:
+                values = [row[column] for row in rows]
+                spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "–")
+            failed = sum(run["exit_code"] != 0 for run in found[name])
+            lines.append(
+                f"| {name} | {len(found[name])}{f' ({failed} diverged)' if failed else ''} | " + " | ".join(cells) + " |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Run the script with a list of arguments, or with the command line's."""
+    args = parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else argv
+    folder = Path(args.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+    shares = [cores[job :: args.jobs] for job in range(args.jobs)]
+    wanted = [(name, flags, seed) for name, flags in args.variant for seed in args.seeds]
+
+    def work(number):
+        return [(index, *train(args, *wanted[index], shares[number])) for index in range(number, len(wanted), args.jobs)]
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        trained = sorted(itertools.chain.from_iterable(pool.map(work, range(args.jobs))))
+
+    import torch
+    from tqdm import tqdm
+
+    import chain_quality
+    import data
+    import plots
+
+    dataset = data.load(args.dataset, args.data_dir)
+    network = chain_quality.feature_network(dataset, folder, torch.device("cpu"))
+    sets = {part: {name: args.kmnist if name == "kmnist" else name for name in names} for part, names in OOD.items()}
+    if not args.kmnist:
+        del sets["test"]["kmnist"]
+    found = {}
+    for index, exit_code, points in tqdm(trained, disable=None):
+        name, flags, seed = wanted[index]
+        run = {"flags": flags, "seed": seed, "exit_code": exit_code, "points": [], "val": None, "test": None}
+        for point in points:
+            run["points"].append(judge(point, dataset, "val", network, POINT, sets["val"]))
+        if points:
+            run["val"] = judge(points[-1], dataset, "val", network, END, sets["val"])
+        if points and args.test:
+            run["test"] = judge(points[-1], dataset, "test", network, END, sets["test"])
+        found.setdefault(name, []).append(run)
+        (folder / "quality.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    (folder / "quality.md").write_text(markdown(args, found))
+    plots.save_quality({name: [run["points"] for run in runs] for name, runs in found.items()}, FIGURE, folder / "quality.png")
+    print(markdown(args, found))
+
+
+if __name__ == "__main__":
+    main()
