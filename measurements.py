@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 import data
 import metrics
@@ -22,7 +21,9 @@ from cli import UserError
 from models import energy, predict
 from sgld import energy_and_gradient
 
+CLASS_SCORES, CALIBRATION_SCORES = ("accuracy", "nll", "brier"), ("ece", "adaptive_ece", "mce")
 SCORES = ("energy", "max_prob", "grad_norm")
+DETECTION_SCORES = ("auroc", "average_precision", "fpr95")
 PRECISION = "float32"  # of every measurement in this file
 ATTACK_BATCH = 100  # images attacked at once
 
@@ -38,22 +39,19 @@ def classification(models, dataset, sizes):
         temperature = metrics.fit_temperature(predict(model, dataset.val.images).cpu(), dataset.val.labels)
         before = metrics.calibration(logits, labels, sizes["bins"])
         after = metrics.calibration(logits / temperature, labels, sizes["bins"])
-        hits = (logits.argmax(1) == labels).double().numpy()
-        nll = cross_entropy(logits.double(), labels, reduction="none").numpy()
 
-        def ece(rows, scaled=logits, truth=labels):
-            return metrics.calibration(scaled[rows], truth[rows], sizes["bins"])["ece"]
+        def scores(rows, scaled=logits, truth=labels):
+            part = metrics.classification(scaled[rows], truth[rows])
+            errors = metrics.calibration(scaled[rows], truth[rows], sizes["bins"])
+            return np.array([*(part[score] for score in CLASS_SCORES), *(errors[score] for score in CALIBRATION_SCORES)])
 
+        intervals = metrics.bootstrap(scores, np.arange(len(labels)), resamples=sizes["resamples"])
         found[name] = {
             **metrics.classification(logits, labels),
             "calibration": before,
             "temperature": temperature,
             "calibration_after_temperature": after,
-            "intervals": {
-                "accuracy": metrics.bootstrap(np.mean, hits, resamples=sizes["resamples"]),
-                "nll": metrics.bootstrap(np.mean, nll, resamples=sizes["resamples"]),
-                "ece": metrics.bootstrap(ece, np.arange(len(labels)), resamples=sizes["resamples"]),
-            },
+            "intervals": dict(zip((*CLASS_SCORES, *CALIBRATION_SCORES), intervals, strict=True)),
         }
     return found
 
@@ -96,12 +94,7 @@ def out_of_distribution(models, dataset, args, sizes, folder, device):
         scored[model_name] = {"test set": inside, **{label: ood_scores(model, images) for label, images in sets.items()}}
         results[model_name] = {
             label: {
-                score: {
-                    **metrics.detection(inside[score], outside[score], f"{model_name} {score} on {label}"),
-                    "auroc_interval": metrics.bootstrap(
-                        metrics.fast_auroc, inside[score], outside[score], resamples=sizes["resamples"], paired=False
-                    ),
-                }
+                score: detect(inside[score], outside[score], f"{model_name} {score} on {label}", sizes["resamples"])
                 for score in SCORES
             }
             for label, outside in list(scored[model_name].items())[1:]
@@ -110,6 +103,13 @@ def out_of_distribution(models, dataset, args, sizes, folder, device):
         plots.save_score_histograms(by_set, folder / f"ood-histograms-{model_name}.png")
     plots.save_roc_curves(scored, folder / "ood-roc.png")
     return {"sets": described, "skipped": skipped, "results": results}
+
+
+def detect(inside, outside, name, resamples):
+    """Return metrics.detection with a bootstrap 95 % interval for each of its scores."""
+    found = metrics.detection(inside, outside, name)
+    intervals = metrics.bootstrap(metrics.fast_detection, inside, outside, resamples=resamples, paired=False)
+    return {**found, "intervals": dict(zip(DETECTION_SCORES, intervals, strict=True))}
 
 
 def robustness(models, checkpoint, dataset, args, sizes, folder, device):

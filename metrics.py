@@ -161,21 +161,27 @@ def detection(scores_in, scores_out, name):
     return {"auroc": auroc, "average_precision": precision, "fpr95": fpr95, "n_in": len(inside), "n_out": len(outside)}
 
 
-def fast_auroc(scores_in, scores_out):
-    """Return the AUROC alone, P(in < out) + P(in = out) / 2 in 0..1, fast enough for `bootstrap`.
+def fast_detection(scores_in, scores_out):
+    """Return [auroc, average_precision, fpr95] of `detection`, fast enough for `bootstrap`: one sort, no checks of ours.
 
     scores_in: (N,), scores_out: (M,) float, unbounded, high = OOD. Raises FloatingPointError where one is not finite.
     """
-    inside = np.sort(_finite(scores_in, "scores_in", 1).cpu().double().numpy())
+    inside = _finite(scores_in, "scores_in", 1).cpu().double().numpy()
     outside = _finite(scores_out, "scores_out", 1).cpu().double().numpy()
-    twice_below = np.searchsorted(inside, outside, "left") + np.searchsorted(inside, outside, "right")
-    return float(twice_below.mean() / (2 * len(inside)))
+    thresholds, ties = np.unique(np.concatenate([inside, outside]), return_inverse=True)
+    false, true = (np.bincount(part, minlength=len(thresholds)) for part in np.split(ties, [len(inside)]))
+    flagged_in, flagged_out = np.cumsum(false[::-1]), np.cumsum(true[::-1])  # at each threshold, the highest first
+    auroc = (true[::-1] * (len(inside) - flagged_in + false[::-1] / 2)).sum() / (len(inside) * len(outside))
+    precision = (true[::-1] / len(outside) * flagged_out / (flagged_in + flagged_out)).sum()
+    fpr95 = flagged_in[np.argmax(flagged_out / len(outside) >= 0.95)] / len(inside)
+    return [float(auroc), float(precision), float(fpr95)]
 
 
 def bootstrap(statistic, *arrays, resamples=200, seed=0, paired=True):
-    """Return the 95 % percentile bootstrap interval of a statistic, [low, high].
+    """Return the 95 % percentile bootstrap interval of a statistic, [low, high], or one for each of several.
 
-    statistic: called as statistic(*arrays) with numpy arrays, returns a float. arrays: (N, ...) each, rows drawn with
+    statistic: called as statistic(*arrays) with numpy arrays, returns a float or an array (S,) of S statistics, for which
+    the result is a list of S intervals. arrays: (N, ...) each, rows drawn with
     replacement. paired: the same rows of each (logits and labels of an image); else each is drawn by itself and may
     have its own length (scores in and out of distribution). resamples: >= 2. seed: same seed, same interval.
     Raises FloatingPointError where an array or a value of the statistic is not finite, ValueError where paired lengths
@@ -191,8 +197,8 @@ def bootstrap(statistic, *arrays, resamples=200, seed=0, paired=True):
     for _ in range(resamples):
         draws = [generator.integers(length, size=length) for length in (lengths[:1] if paired else lengths)]
         rows = draws * len(arrays) if paired else draws
-        values.append(float(statistic(*(array[index] for array, index in zip(arrays, rows, strict=True)))))
-    return np.quantile(_finite(np.array(values), "the bootstrapped statistic").numpy(), [0.025, 0.975]).tolist()
+        values.append(statistic(*(array[index] for array, index in zip(arrays, rows, strict=True))))
+    return np.quantile(_finite(np.array(values), "the bootstrapped statistic").numpy(), [0.025, 0.975], axis=0).T.tolist()
 
 
 def frechet_distance(features_a, features_b):

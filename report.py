@@ -50,13 +50,19 @@ def _classification(found, bins):
     rows = [
         ("accuracy", lambda r: f"{_percent(r['accuracy'])} {_interval(r['intervals']['accuracy'], 100, 2)}"),
         ("negative log-likelihood [nat]", lambda r: f"{r['nll']:.4f} {_interval(r['intervals']['nll'], digits=4)}"),
-        ("Brier score (0 to 2)", lambda r: f"{r['brier']:.4f}"),
+        ("Brier score (0 to 2)", lambda r: f"{r['brier']:.4f} {_interval(r['intervals']['brier'], digits=4)}"),
         (
             f"ECE, {bins} equal-width bins",
             lambda r: f"{_percent(r['calibration']['ece'])} {_interval(r['intervals']['ece'], 100, 2)}",
         ),
-        (f"adaptive ECE, {bins} equal-mass bins", lambda r: _percent(r["calibration"]["adaptive_ece"])),
-        ("maximum calibration error", lambda r: _percent(r["calibration"]["mce"])),
+        (
+            f"adaptive ECE, {bins} equal-mass bins",
+            lambda r: f"{_percent(r['calibration']['adaptive_ece'])} {_interval(r['intervals']['adaptive_ece'], 100, 2)}",
+        ),
+        (
+            "maximum calibration error",
+            lambda r: f"{_percent(r['calibration']['mce'])} {_interval(r['intervals']['mce'], 100, 2)}",
+        ),
         ("temperature, fitted on the validation split", lambda r: f"{r['temperature']:.3f}"),
         ("ECE after temperature scaling", lambda r: _percent(r["calibration_after_temperature"]["ece"])),
         ("adaptive ECE after it", lambda r: _percent(r["calibration_after_temperature"]["adaptive_ece"])),
@@ -76,7 +82,7 @@ def _out_of_distribution(found):
             [
                 name,
                 *(
-                    f"{row[s]['auroc']:.3f} {_interval(row[s]['auroc_interval'])} / {row[s]['average_precision']:.3f} / {row[s]['fpr95']:.3f}"
+                    f"{row[s]['auroc']:.3f} {_interval(row[s]['intervals']['auroc'])} / {row[s]['average_precision']:.3f} / {row[s]['fpr95']:.3f}"
                     for s in scores
                 ),
             ]

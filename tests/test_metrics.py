@@ -9,7 +9,6 @@ import scipy.linalg
 import scipy.optimize
 import scipy.signal
 import torch
-from sklearn.metrics import roc_auc_score
 
 import metrics
 
@@ -203,12 +202,19 @@ def test_high_means_out_of_distribution_also_for_energies_far_from_zero():
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 12])
-def test_the_fast_auroc_is_that_of_scikit_learn_with_and_without_ties(decimals):
+def test_the_fast_scores_are_those_of_scikit_learn_with_and_without_ties(decimals):
     rng = random(decimals)
     inside, outside = rng.normal(size=130).round(decimals), (rng.normal(size=57) * 2 + 0.3).round(decimals)
-    expected = roc_auc_score([0] * 130 + [1] * 57, np.concatenate([inside, outside]))
-    assert metrics.fast_auroc(inside, outside) == pytest.approx(expected, abs=1e-12)
-    assert metrics.fast_auroc([3.0, 3.0], [3.0]) == 0.5
+    expected = metrics.detection(inside, outside, "score")
+    found = metrics.fast_detection(inside, outside)
+    assert found == pytest.approx([expected[name] for name in ("auroc", "average_precision", "fpr95")], abs=1e-12)
+    assert metrics.fast_detection([3.0, 3.0], [3.0]) == pytest.approx([0.5, 1 / 3, 1])
+
+
+def test_a_bootstrap_of_several_statistics_gives_each_its_interval():
+    sample = random(11).normal(size=100)
+    both = metrics.bootstrap(lambda x: np.array([x.mean(), x.max()]), sample)
+    assert both == [metrics.bootstrap(np.mean, sample), metrics.bootstrap(np.max, sample)]
 
 
 def test_bootstrap_intervals_of_a_mean_have_the_width_of_the_normal_theory():
@@ -256,7 +262,7 @@ def test_the_bootstrap_interval_of_an_auroc_has_the_width_of_delong():
     inside, outside = random(5).normal(size=300), random(6).normal(size=200) + 1
     beaten = outside[:, None] > inside
     variance = beaten.mean(0).var(ddof=1) / 300 + beaten.mean(1).var(ddof=1) / 200  # DeLong et al. 1988
-    low, high = metrics.bootstrap(metrics.fast_auroc, inside, outside, resamples=1000, paired=False)
+    low, high = metrics.bootstrap(metrics.fast_detection, inside, outside, resamples=1000, paired=False)[0]
     # 1000 resamples leave each end 0.084 deviations of error
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), abs=SIGMAS * 0.084 * math.sqrt(2 * variance))
     assert low < beaten.mean() < high
@@ -434,7 +440,7 @@ CALLS = {  # a usable call of each, and what it names where the first array is n
     "calibration": ([LOGITS, LABELS], "logits"),
     "fit_temperature": ([LOGITS, LABELS], "logits"),
     "detection": ([[1.0, 2.0], [3.0], "grad_norm"], "grad_norm in distribution"),
-    "fast_auroc": ([[1.0, 2.0], [3.0]], "scores_in"),
+    "fast_detection": ([[1.0, 2.0], [3.0]], "scores_in"),
     "frechet_distance": ([PAIR, PAIR], "features"),
     "precision_recall": ([PAIR, PAIR + 1], "features"),
     "nearest": ([PAIR, PAIR], "images"),
@@ -475,7 +481,7 @@ def test_what_is_not_finite_is_refused_in_the_other_arguments_too():
     with pytest.raises(FloatingPointError, match=r"grad_norm out of distribution.*not finite"):
         metrics.detection([1.0], [math.nan], "grad_norm")
     with pytest.raises(FloatingPointError, match=r"scores_out.*not finite"):
-        metrics.fast_auroc([1.0], [math.nan])
+        metrics.fast_detection([1.0], [math.nan])
     with pytest.raises(FloatingPointError, match=r"pool.*not finite"):
         metrics.nearest(PAIR, np.full((4, 4), math.inf))
     with pytest.raises(FloatingPointError, match=r"array 1 of the bootstrap.*not finite"):
