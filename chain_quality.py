@@ -30,8 +30,9 @@ def feature_network(dataset, folder, device):
     checkpoint = runs.load_checkpoint(path, "classifier") if path.exists() else None
     if checkpoint is None or not checkpoint["finished"]:
         place.mkdir(exist_ok=True)
-        epochs = 2 if len(dataset.train.labels) > 10_000 else 15
+        epochs = 3 if len(dataset.train.labels) > 10_000 else 15
         flags = ["--dataset", dataset.name, "--width", "16", "--depth", str(dataset.shape[1].bit_length() - 1)]
+        flags += ["--stem-stride", "1"]
         flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
         args = cli.parse(train_classifier.build_parser(), flags)
         checkpoint = train_classifier.train(args, dataset, place, device, checkpoint)

@@ -20,22 +20,22 @@ START = time.perf_counter()  # the scripts import this module first, so --max-mi
 # 0.0064 for MNIST; the paper's (step 1, noise 0.01) is 5e-5.
 PRESETS = {
     "digits": {
-        "arch": "small-cnn", "width": 48, "depth": 2,
+        "arch": "small-cnn", "width": 48, "depth": 2, "stem_stride": 1,
         "epochs": 60, "pretrain_epochs": 20, "batch_size": 64, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.99,
-        "input_noise": 0.05, "augment": 0.0, "adversarial_eps": 0.0, "p_x_weight": 0.3, "energy_reg": 0.001,
+        "input_noise": 0.05, "augment": 0.0, "adversarial_eps": 0.0, "clean_share": 1.0, "p_x_weight": 0.3, "energy_reg": 0.001,
         "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
-        "buffer_size": 2000, "reinit_prob": 0.05,
+        "buffer_size": 2000, "reinit_prob": 0.05, "long_chains": 0, "long_share": 0.0,
     },
     "mnist": {
-        "arch": "small-cnn", "width": 16, "depth": 3,
+        "arch": "small-cnn", "width": 32, "depth": 2, "stem_stride": 2,
         "epochs": 2, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
-        "input_noise": 0.05, "augment": 1.0, "adversarial_eps": 0.1, "p_x_weight": 0.1, "energy_reg": 0.001,
+        "input_noise": 0.05, "augment": 1.0, "adversarial_eps": 0.1, "clean_share": 0.5, "p_x_weight": 0.1, "energy_reg": 0.001,
         "steps": 10, "step_size": 0.5, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 1.0,
-        "buffer_size": 10000, "reinit_prob": 0.05,
+        "buffer_size": 10000, "reinit_prob": 0.05, "long_chains": 500, "long_share": 0.25,
     },
 }  # fmt: skip
 DATASETS = tuple(PRESETS)
-WIDE_RESNET_SHAPE = {"width": 2, "depth": 10}  # sized for a laptop; the paper's is --width 10 --depth 28
+WIDE_RESNET_SHAPE = {"width": 2, "depth": 10, "stem_stride": 1}  # sized for a laptop; the paper's is --width 10 --depth 28
 
 
 class UserError(Exception):
@@ -131,7 +131,13 @@ def add_model_flags(parser):
     group.add_argument(
         "--width", type=positive_int, help="small-cnn: channels of the first layer; wide-resnet: widening factor"
     )
-    group.add_argument("--depth", type=positive_int, help="small-cnn: stages that halve the image; wide-resnet: 6n + 4 layers")
+    group.add_argument(
+        "--depth", type=positive_int, help="small-cnn: halving layers after the first; wide-resnet: 6n + 4 layers"
+    )
+    group.add_argument(
+        "--stem-stride", type=int, choices=(1, 2),
+        help="small-cnn: stride of the first layer; with 2 it halves the image too, and a Langevin step costs half as much",
+    )  # fmt: skip
 
 
 def add_optimisation_flags(parser):
@@ -164,11 +170,6 @@ def add_optimisation_flags(parser):
         "--augment", type=non_negative,
         help="for the cross-entropy alone: strength of random rotation, zoom, shear and shift, 1 being 11 degrees, 10 %%, "
         "0.15 and a fourteenth of the side; 0: not",
-    )  # fmt: skip
-    group.add_argument(
-        "--adversarial-eps", type=fraction,
-        help="for the cross-entropy alone: adversarial training, each image after one attack step inside this L-inf "
-        "radius, pixels on [0, 1]; 0: not",
     )  # fmt: skip
     add_precision_flag(group)
     return group

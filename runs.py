@@ -27,8 +27,8 @@ COLUMNS = {
     "epoch": "step divided by the iterations of an epoch",
     "minutes": "wall-clock minutes of the run, pretraining in it included",
     "lr": "learning rate of the last iteration",
-    "cross_entropy": "-log p(y|x) on training batches, augmented, with input noise and attacked as the flags say, nat",
-    "accuracy": "share of those that the network classifies right",
+    "cross_entropy": "-log p(y|x) on training batches, with input noise, augmented and attacked as the flags say, nat",
+    "accuracy": "share of training batches classified right; classifier: of the augmented, jem: of the images as they are",
     "energy_positive": "mean E on training batches",
     "energy_negative": "mean E on the chains after their Langevin steps",
     "energy_gap": "energy_negative - energy_positive",
@@ -88,8 +88,8 @@ def chain_settings(checkpoint):
 
 
 def fresh_steps(checkpoint):
-    """Return the Langevin steps that a fresh chain takes unless told otherwise: three times those of the training."""
-    return 3 * checkpoint["sgld"]["steps"]
+    """Return the Langevin steps that a fresh chain takes unless told otherwise: ten times those of the training."""
+    return 10 * checkpoint["sgld"]["steps"]
 
 
 class MetricsLog:
@@ -257,7 +257,7 @@ def model_config_from(args, dataset):
     channels, size, _ = dataset.shape
     config = {
         "arch": args.arch, "num_classes": dataset.num_classes, "channels": channels, "image_size": size,
-        "width": args.width, "depth": args.depth,
+        "width": args.width, "depth": args.depth, "stem_stride": args.stem_stride,
     }  # fmt: skip
     try:
         with torch.device("meta"):

@@ -30,7 +30,7 @@ def build_parser():
     group.add_argument(
         "--steps",
         type=cli.count,
-        help="Langevin steps; without it three times those of the training for fresh chains, 0 for the buffer's",
+        help="Langevin steps; without it ten times those of the training for fresh chains, 0 for the buffer's",
     )
     group.add_argument(
         "--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]; without it the training's"

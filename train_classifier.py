@@ -49,7 +49,7 @@ def train(args, dataset, folder, device, resumed=None, max_minutes=None):
     checkpoint = resumed
     for images, labels in run.batches():
         with run.autocast():
-            logits = run.model(run.made_hard(images, labels)).float()
+            logits = run.model(run.augmented(images)).float()
         loss = cross_entropy(logits, labels)
         run.update(loss, cross_entropy=loss, accuracy=(logits.argmax(1) == labels).float().mean())
 

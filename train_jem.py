@@ -32,6 +32,15 @@ def build_parser():
         help="weight of log p(x, y), with class-conditional chains; above 0 it takes the place of --p-x-weight",
     )  # fmt: skip
     group.add_argument("--energy-reg", type=cli.non_negative, help="weight of the regulariser mean E^2 over data and chains")
+    group.add_argument(
+        "--adversarial-eps", type=cli.fraction,
+        help="adversarial training: the augmented images of the cross-entropy, after one attack step inside this L-inf radius, "
+        "pixels on [0, 1]; 0: not",
+    )  # fmt: skip
+    group.add_argument(
+        "--clean-share", type=cli.fraction,
+        help="share of the cross-entropy on images as they are, the rest being on the augmented and attacked ones",
+    )
     group = parser.add_argument_group("SGLD")
     group.add_argument("--steps", type=cli.positive_int, help="Langevin steps of each chain in an iteration")
     group.add_argument("--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]")
@@ -49,6 +58,10 @@ def build_parser():
     group = parser.add_argument_group("replay buffer")
     group.add_argument("--buffer-size", type=cli.positive_int, help="persistent chains")
     group.add_argument("--reinit-prob", type=cli.fraction, help="probability that a drawn chain is restarted")
+    group.add_argument(
+        "--long-chains", type=cli.count, help="chains of the buffer that never restart, so that some grow thousands of steps old"
+    )
+    group.add_argument("--long-share", type=cli.fraction, help="share of each batch of chains that is drawn from the long chains")
     group.add_argument(
         "--restart", choices=("uniform", "gaussian"), default="gaussian",
         help="where chains start: uniform noise, or Gaussians fitted to the training images of each class",
@@ -81,6 +94,12 @@ def parse_args(argv=None):
         parser.error(
             f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}: each iteration draws a batch of chains"
         )
+    long = round(args.long_share * args.batch_size)
+    if long > args.long_chains or args.batch_size - long > args.buffer_size - args.long_chains:
+        parser.error(
+            f"each iteration draws {long} long chains and {args.batch_size - long} others, of {args.long_chains} and "
+            f"{args.buffer_size - args.long_chains}: change --long-chains, --long-share or --buffer-size"
+        )
     return args
 
 
@@ -97,6 +116,7 @@ import data
 import plots
 import runs
 import train_classifier
+from attacks import single_step
 from cli import UserError
 from models import energy, joint_energy
 from sgld import GaussianRestart, UniformRestart, run_chains
@@ -111,14 +131,17 @@ class ReplayBuffer:
     """Persistent chains (Tieleman 2008; arXiv 1912.03263, algorithm 1): a chain is drawn, moved on, and put back.
 
     size: number of chains. restart: restart distribution, see sgld.py. reinit_prob: probability that a drawn chain
-    is restarted, 0..1. device, generator: where the chains live and what they are drawn with.
+    is restarted, 0..1. long_chains: the last so many slots never restart; long_share: the share of each draw that comes
+    from them, 0..1, so that a few chains grow old and training sees where thousands of steps lead. device, generator:
+    where the chains live and what they are drawn with.
 
     images: (size, C, H, W) float, one tensor on the device. labels: (size,) int64, the class that a chain was
     started from, and that class-conditional chains keep. ages: (size,) int64, Langevin steps since the restart.
     """
 
-    def __init__(self, size, restart, reinit_prob, device="cpu", generator=None):
+    def __init__(self, size, restart, reinit_prob, device="cpu", generator=None, long_chains=0, long_share=0.0):
         self.restart, self.reinit_prob = restart, reinit_prob
+        self.long_chains, self.long_share = long_chains, long_share
         self.labels = torch.arange(size, device=device) % restart.num_classes
         self.images = restart.draw(self.labels, generator)
         self.ages = torch.zeros(size, dtype=torch.int64, device=device)
@@ -129,15 +152,19 @@ class ReplayBuffer:
     def draw(self, count, generator=None):
         """Draw `count` different chains: returns slots (N,), images (N, C, H, W), labels (N,).
 
-        A chain restarts with probability reinit_prob, in its class's restart distribution. Raises ValueError where
-        more chains are asked for than there are.
+        A chain restarts with probability reinit_prob, in its class's restart distribution, but for the long chains.
+        Raises ValueError where more chains of either kind are asked for than there are.
         """
-        if count > len(self):
-            raise ValueError(f"{count} chains were asked of a replay buffer of {len(self)}")
-        device = self.images.device
-        slots = torch.randperm(len(self), device=device, generator=generator)[:count]
+        device, ordinary = self.images.device, len(self) - self.long_chains
+        long = round(self.long_share * count)
+        if count - long > ordinary or long > self.long_chains:
+            raise ValueError(f"{count - long} + {long} chains were asked of a replay buffer of {ordinary} + {self.long_chains}")
+        slots = torch.randperm(ordinary, device=device, generator=generator)[: count - long]
+        if long:
+            slots = torch.cat([slots, ordinary + torch.randperm(self.long_chains, device=device, generator=generator)[:long]])
         labels, images = self.labels[slots], self.images[slots]
         restarted = torch.rand(count, device=device, generator=generator) < self.reinit_prob
+        restarted &= slots < ordinary
         images = torch.where(restarted[:, None, None, None], self.restart.draw(labels, generator), images)
         self.ages[slots] = self.ages[slots].masked_fill(restarted, 0)
         return slots, images, labels
@@ -188,6 +215,20 @@ def sgld_settings(args):
     }
 
 
+def attacked(run, images, labels):
+    """Return images (N, C, H, W) after one step up the cross-entropy within --adversarial-eps, or as they are for 0."""
+    if not run.args.adversarial_eps:
+        return images
+
+    def logits_of(x):
+        with run.autocast():
+            return run.model(x).float()
+
+    return single_step(
+        logits_of, images, labels, "linf", run.args.adversarial_eps, generator=run.generator, module=run.model
+    )  # fmt: skip
+
+
 def iterate(run, buffer, images, labels):
     """Do one iteration of algorithm 1 of arXiv 1912.03263 on a batch: draw, run and put back chains; descend the loss.
 
@@ -206,14 +247,15 @@ def iterate(run, buffer, images, labels):
     if args.clamp:
         positives = positives.clamp(-args.clamp, args.clamp)  # the data lie where the chains can go
     batch = [positives, chains]
-    if args.augment or args.adversarial_eps:
-        batch.append(run.made_hard(images, labels))
+    if args.clean_share < 1:
+        batch.append(attacked(run, run.augmented(images), labels))
     with run.autocast():
-        parts = run.model(torch.cat(batch)).float().split(args.batch_size)
-    logits, chain_logits, class_logits = parts[0], parts[1], parts[-1] if len(parts) > 2 else parts[0]
+        logits, chain_logits, *hard_logits = run.model(torch.cat(batch)).float().split(args.batch_size)
     energy_positive, energy_negative = energy(logits), energy(chain_logits)
 
-    cross = cross_entropy(class_logits, labels)
+    cross = args.clean_share * cross_entropy(logits, labels)
+    if args.clean_share < 1:
+        cross = cross + (1 - args.clean_share) * cross_entropy(hard_logits[0], labels)
     loss = args.p_y_given_x_weight * cross
     loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
     if conditional:
@@ -223,7 +265,7 @@ def iterate(run, buffer, images, labels):
     run.update(
         loss,
         cross_entropy=cross,
-        accuracy=(class_logits.argmax(1) == labels).float().mean(),
+        accuracy=(logits.argmax(1) == labels).float().mean(),
         energy_positive=energy_positive.mean(),
         energy_negative=energy_negative.mean(),
         energy_gap=energy_negative.mean() - energy_positive.mean(),
@@ -243,7 +285,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
     run = Training(args, dataset, folder, "jem", device, weights=classifier, resumed=resumed, max_minutes=args.max_minutes)
     buffer = ReplayBuffer(
         args.buffer_size, make_restart(args, dataset, device), args.reinit_prob, device,
-        torch.Generator(device).manual_seed(args.seed + 1),
+        torch.Generator(device).manual_seed(args.seed + 1), args.long_chains, args.long_share,
     )  # fmt: skip
     checkpoint = resumed
     if resumed:

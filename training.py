@@ -13,7 +13,6 @@ from tqdm import tqdm
 import cli
 import plots
 import runs
-from attacks import single_step
 from cli import UserError
 from data import augment
 from models import build_model
@@ -121,20 +120,9 @@ class Training:
         """Return images with the input noise."""
         return add_noise(images, self.args.input_noise, self.generator)
 
-    def made_hard(self, images, labels):
-        """Return images as the cross-entropy is to see them: augmented, with input noise, attacked in one step."""
-        if self.args.augment:
-            images = augment(images, self.args.augment, self.generator)
-        images = self.noisy(images)
-        if not self.args.adversarial_eps:
-            return images
-
-        def logits_of(x):
-            with self.autocast():
-                return self.model(x).float()
-
-        settings = {"generator": self.generator, "module": self.model}
-        return single_step(logits_of, images, labels, "linf", self.args.adversarial_eps, **settings)
+    def augmented(self, images):
+        """Return images as the cross-entropy is to see them: augmented, with the input noise."""
+        return self.noisy(augment(images, self.args.augment, self.generator) if self.args.augment else images)
 
     def autocast(self):
         """Return the context in which the network is called."""

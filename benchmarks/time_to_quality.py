@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
 
-# Sizes of a measurement: images of each kind; steps and restarts of the attacks.
-POINT = {"samples": 2000, "attacked": 200, "attack_steps": 10, "restarts": 1}
-END = {"samples": 10_000, "attacked": 1000, "attack_steps": 40, "restarts": 2}
+# Sizes of a measurement: buffer's and fresh chains, long chains and their steps; images, steps and restarts of the attacks.
+POINT = {"buffer": 2000, "fresh": 500, "long": 0, "longest": 0, "attacked": 200, "attack_steps": 10, "restarts": 1}
+QUICK = {"buffer": 5000, "fresh": 2000, "long": 300, "longest": 1000, "attacked": 300, "attack_steps": 20, "restarts": 1}
+FULL = {"buffer": 10_000, "fresh": 10_000, "long": 1000, "longest": 1000, "attacked": 1000, "attack_steps": 40, "restarts": 2}
 OOD = {"val": ("rotated", "inverted"), "test": ("kmnist", "rotated", "inverted")}
 ATTACKS = {"linf": 0.1, "l2": 1.5}  # radius, pixels on [0, 1]
 FIGURE = ("accuracy", "ece", "buffer", "fresh", "ood rotated", "linf 0.1")
@@ -47,6 +48,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument("--jobs", type=cli.positive_int, default=1, help="trainings at once, the processor's cores shared out")
     parser.add_argument("--save-minutes", type=cli.positive, default=0.5, help="minutes between two points of the curve")
+    parser.add_argument("--quick", action="store_true", help="fewer chains and weaker attacks at the end of each run")
     parser.add_argument("--kmnist", metavar="FILE", help=".npz of KMNIST test images, for --test")
     parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set as well")
     parser.add_argument("--out-dir", default="results/quality", help="folder that receives everything the script writes")
@@ -85,7 +87,7 @@ def train(args, name, flags, seed, cores):
     return process.returncode, kept
 
 
-def judge(path, dataset, part, network, sizes, sets, with_attacks=True):
+def judge(path, dataset, part, network, sizes, sets):
     """Measure a checkpoint on a split ("val" or "test"): a dict of plain numbers, shares in 0..1, Fréchet ratios."""
     import torch
     from sklearn.metrics import roc_auc_score
@@ -105,30 +107,29 @@ def judge(path, dataset, part, network, sizes, sets, with_attacks=True):
         "minutes": checkpoint["training"]["minutes"], "step": checkpoint["training"]["step"],
         "accuracy": float((logits.argmax(1) == split.labels).double().mean()), "ece": calibration["ece"],
     }  # fmt: skip
-    count = min(sizes["samples"], len(split.labels), len(dataset.train.labels), len(checkpoint["buffer"]["labels"]))
-    steps, generator = runs.fresh_steps(checkpoint), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(dataset.train.labels), generator=generator)
+    generator, most = torch.Generator().manual_seed(0), min(len(split.labels), len(checkpoint["buffer"]["labels"]))
+    train = dataset.train.images[torch.randperm(len(dataset.train.labels), generator=generator)]
     reference = predict(network.features, split.images)
-    floor = metrics.frechet_distance(predict(network.features, dataset.train.images[order[:count]]), reference)
-    chains = {
-        "buffer": checkpoint["buffer"]["images"][:count],
-        "fresh": chain_quality.fresh_chains(checkpoint, model, count, steps, generator),
-    }
+    chains = {"buffer": checkpoint["buffer"]["images"][torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)]}
+    for kind, steps in (("fresh", runs.fresh_steps(checkpoint)), ("long", sizes["longest"])):
+        chains[kind] = chain_quality.fresh_chains(checkpoint, model, min(sizes[kind], most), steps, generator)
     for kind, images in chains.items():
-        features = predict(network.features, images)
-        row[kind] = metrics.frechet_distance(features, reference) / floor
-        classes = network.head(features).argmax(1)
-        row[f"{kind} class entropy"] = metrics.class_histogram(classes, dataset.num_classes)["entropy"]
+        count = min(sizes[kind], most, len(train))
+        if count:
+            features = predict(network.features, images[:count])
+            floor = metrics.frechet_distance(predict(network.features, train[:count]), reference)
+            row[kind] = metrics.frechet_distance(features, reference) / floor
+            classes = network.head(features).argmax(1)
+            row[f"{kind} class entropy"] = metrics.class_histogram(classes, dataset.num_classes)["entropy"]
     inside = energy(logits)
     for label, name in sets.items():
         images, _ = data.load_ood(name, split.images, "", 10_000, torch.Generator().manual_seed(0))
         scores = torch.cat([inside, energy(predict(model, images))])
         row[f"ood {label}"] = float(roc_auc_score([0] * len(inside) + [1] * len(images), scores.numpy()))
-    if with_attacks:
-        images, labels = (tensor[: sizes["attacked"]] for tensor in split)
-        settings = {"seed": 0, "steps": sizes["attack_steps"], "restarts": sizes["restarts"]}
-        for norm, radius in ATTACKS.items():
-            row[f"{norm} {radius:g}"] = measurements.attack(model, model, images, labels, norm, radius, **settings)["accuracy"]
+    images, labels = (tensor[: sizes["attacked"]] for tensor in split)
+    settings = {"seed": 0, "steps": sizes["attack_steps"], "restarts": sizes["restarts"]}
+    for norm, radius in ATTACKS.items():
+        row[f"{norm} {radius:g}"] = measurements.attack(model, model, images, labels, norm, radius, **settings)["accuracy"]
     return row
 
 
@@ -186,16 +187,16 @@ def main(argv=None):
     sets = {part: {name: args.kmnist if name == "kmnist" else name for name in names} for part, names in OOD.items()}
     if not args.kmnist:
         del sets["test"]["kmnist"]
-    found = {}
+    found, end = {}, QUICK if args.quick else FULL
     for index, exit_code, points in tqdm(trained, disable=None):
         name, flags, seed = wanted[index]
         run = {"flags": flags, "seed": seed, "exit_code": exit_code, "points": [], "val": None, "test": None}
         for point in points:
             run["points"].append(judge(point, dataset, "val", network, POINT, sets["val"]))
         if points:
-            run["val"] = judge(points[-1], dataset, "val", network, END, sets["val"])
+            run["val"] = judge(points[-1], dataset, "val", network, end, sets["val"])
         if points and args.test:
-            run["test"] = judge(points[-1], dataset, "test", network, END, sets["test"])
+            run["test"] = judge(points[-1], dataset, "test", network, end, sets["test"])
         found.setdefault(name, []).append(run)
         (folder / "quality.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     (folder / "quality.md").write_text(markdown(args, found))

@@ -37,6 +37,12 @@ def test_every_architecture_maps_images_to_logits(arch, channels, image_size):
     assert logits.shape == (2, 5) and torch.isfinite(logits).all()
 
 
+def test_a_strided_stem_halves_the_map_like_a_stage():
+    small = make("small-cnn", image_size=28, depth=2, stem_stride=2)
+    assert small.head.in_features == make("small-cnn", image_size=28, depth=3, width=2).head.in_features == 4 * 4 * 9
+    assert small(torch.zeros(2, 1, 28, 28)).shape == (2, 5)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_logits_of_an_image_do_not_depend_on_its_batch(arch):
     model, images = make(arch), torch.randn(6, 1, 8, 8)
@@ -55,6 +61,12 @@ def test_residual_blocks_start_as_the_identity_and_learn():
 )
 def test_configurations_that_no_network_has_are_refused(config):
     with pytest.raises(ValueError, match="depth"):
+        make(**config)
+
+
+@pytest.mark.parametrize("config", [{"arch": "small-cnn", "stem_stride": 3}, {"arch": "wide-resnet", "stem_stride": 2}])
+def test_a_stem_that_no_network_has_is_refused(config):
+    with pytest.raises(ValueError, match="--stem-stride"):
         make(**config)
 
 

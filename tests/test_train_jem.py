@@ -57,6 +57,21 @@ def test_chains_restart_at_the_given_rate_and_start_again_at_age_zero(reinit_pro
     assert abs(restarted - reinit_prob * count * draws) <= 5 * deviation
 
 
+def test_long_chains_fill_their_share_of_a_draw_and_never_restart():
+    buffer = ReplayBuffer(50, UniformRestart((1, 2, 2), 10), 1.0, generator=generator(), long_chains=10, long_share=0.25)
+    buffer.images.fill_(5.0)  # no restart gives this
+    slots, images, _ = buffer.draw(20, generator(1))
+    assert len(slots.unique()) == 20 and (slots >= 40).sum() == 5
+    assert torch.equal((images == 5).flatten(1).all(1), slots >= 40)
+
+
+@pytest.mark.parametrize("count", [47, 44])
+def test_more_chains_of_either_kind_than_the_buffer_has_are_refused(count):
+    settings = {"generator": generator(), "long_chains": 10, "long_share": 0.25 if count == 44 else 0.1}
+    with pytest.raises(ValueError, match=r"\d+ \+ \d+ chains were asked of a replay buffer of 40 \+ 10"):
+        ReplayBuffer(50, UniformRestart((1, 2, 2), 10), 0.0, **settings).draw(count)
+
+
 def test_restarts_come_from_the_class_of_the_chain():
     means = torch.linspace(-0.9, 0.9, 10)[:, None].expand(10, 4)
     restart = GaussianRestart(means, torch.zeros(10, 4, 1), (1, 2, 2))
@@ -67,7 +82,7 @@ def test_restarts_come_from_the_class_of_the_chain():
 
 
 def test_more_chains_than_the_buffer_has_are_refused():
-    with pytest.raises(ValueError, match="11 chains"):
+    with pytest.raises(ValueError, match="11 \\+ 0 chains"):
         buffer_of(10).draw(11)
 
 
@@ -88,7 +103,7 @@ def test_the_energy_loss_has_the_value_and_the_sign_computed_by_hand():
     assert energy_regulariser(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])).item() == 5 + 2.5
 
 
-@pytest.mark.parametrize("hard", [[], ["--adversarial-eps", "0.1"]])
+@pytest.mark.parametrize("hard", [[], ["--adversarial-eps", "0.1", "--clean-share", "0.3"]])
 @pytest.mark.parametrize("flags, conditional", [(["--p-x-weight", "0.7"], False), (["--p-xy-weight", "0.7"], True)])
 def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monkeypatch, flags, conditional, hard):
     args = train_jem.parse_args(
@@ -103,7 +118,7 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
     before = buffer.images.clone()
     images, labels = digits.train.images[:16], digits.train.labels[:16]
     if hard:
-        monkeypatch.setattr(run, "made_hard", lambda images, labels: images.flip(3))
+        monkeypatch.setattr(train_jem, "single_step", lambda logits_of, images, *rest, **settings: images.flip(3))
     train_jem.iterate(run, buffer, images, labels)
 
     assert not torch.equal(before, buffer.images) and (buffer.ages == args.steps).all()
@@ -112,12 +127,24 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
         gap = joint_energy(logits, labels).mean() - joint_energy(chain_logits, buffer.labels).mean()
     else:
         gap = energy(logits).mean() - energy(chain_logits).mean()
-    class_logits = run.model(images.flip(3)) if hard else logits  # the density's terms see the images as they are
-    cross = -class_logits.log_softmax(1)[range(16), labels].mean()
+    cross = -logits.log_softmax(1)[range(16), labels].mean()
+    if hard:  # the density's terms see the images as they are
+        cross = 0.3 * cross - 0.7 * run.model(images.flip(3)).log_softmax(1)[range(16), labels].mean()
     squares = energy(logits).square().mean() + energy(chain_logits).square().mean()
     torch.testing.assert_close(logged["loss"], 0.4 * cross + 0.7 * gap + 0.02 * squares)
     torch.testing.assert_close(logged["energy_gap"], energy(chain_logits).mean() - energy(logits).mean())
     torch.testing.assert_close(logged["chain_displacement"], (buffer.images - before).flatten(1).norm(dim=1).mean())
+
+
+def test_adversarial_training_attacks_within_its_radius_and_raises_the_loss(tmp_path, digits):
+    run = Training(train_jem.parse_args([*TINY, "--adversarial-eps", "0.1"]), digits, tmp_path, "jem", torch.device("cpu"))
+    images, labels = digits.train.images[:100], digits.train.labels[:100]
+    hard = train_jem.attacked(run, images, labels)
+    assert (hard - images).abs().max() <= 0.2 + 1e-6 and hard.abs().max() <= 1
+    losses = [torch.nn.functional.cross_entropy(run.model(x), labels).item() for x in (images, hard)]
+    assert losses[1] > losses[0]
+    run.args.adversarial_eps = 0
+    assert train_jem.attacked(run, images, labels) is images
 
 
 def test_chains_in_training_leave_the_modes_and_the_gradients_of_the_network(tmp_path, digits):

@@ -1,0 +1,40 @@
+"""The benchmarks go through on the digits and write what they promise."""
+
+import json
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+
+@pytest.fixture
+def time_to_quality(monkeypatch):
+    """The benchmark's names, as if imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield __import__("time_to_quality")
+    sys.modules.pop("time_to_quality")
+
+
+def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path, time_to_quality, monkeypatch):
+    small = {"buffer": 100, "fresh": 50, "long": 50, "longest": 5, "attacked": 8, "attack_steps": 2, "restarts": 1}
+    monkeypatch.setattr(time_to_quality, "POINT", {**small, "long": 0})
+    monkeypatch.setattr(time_to_quality, "QUICK", small)
+    tiny = " ".join(TINY[2:4] + TINY[6:])
+    variants = ["--variant", f"scratch:{tiny} --from-scratch", "--variant", f"diverging:{tiny} --lr 1e30 --warmup-steps 0"]
+    settings = ["--dataset", "digits", "--minutes", "0.12", "--save-minutes", "0.02", "--seeds", "1", "2", "--quick", "--test"]
+    time_to_quality.main([*settings, *variants, "--out-dir", str(tmp_path)])
+    found = json.loads((tmp_path / "quality.json").read_text())
+    assert [run["seed"] for run in found["scratch"]] == [1, 2]
+    for run in found["scratch"]:
+        assert run["exit_code"] == 0 and len(run["points"]) > 1
+        assert run["points"][-1]["step"] == run["val"]["step"] and 0 < run["test"]["accuracy"] < 1
+        assert {"buffer", "fresh", "long", "ood inverted", "linf 0.1"} <= set(run["test"])
+    assert all(run["exit_code"] == 1 and run["test"] is None for run in found["diverging"])
+    table = (tmp_path / "quality.md").read_text()
+    assert "| scratch | 2 |" in table and "diverging | 2 (2 diverged)" in table and "±" in table
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_importing_a_benchmark_runs_nothing():
+    assert "main" in runpy.run_path(str(ROOT / "benchmarks" / "time_to_quality.py"), run_name="imported")
