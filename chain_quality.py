@@ -69,7 +69,7 @@ def samples(checkpoint, model, dataset, args, sizes, folder, device):
     network = feature_network(dataset, folder, device)
     generator = torch.Generator(device).manual_seed(args.seed)
     count = min(sizes["samples"], len(dataset.test.labels), len(dataset.train.labels), len(checkpoint["buffer"]["labels"]))
-    steps = runs.fresh_steps(checkpoint)
+    steps = runs.FRESH_STEPS
     buffer = checkpoint["buffer"]["images"].to(device)
     chosen = torch.randperm(len(buffer), generator=generator, device=device)[:count]
     train = dataset.train.images[torch.randperm(len(dataset.train.images), generator=torch.Generator().manual_seed(args.seed))]
@@ -142,7 +142,7 @@ def class_conditional(checkpoint, model, dataset, args, sizes, folder, device):
     network = feature_network(dataset, folder, device)
     generator = torch.Generator(device).manual_seed(args.seed + 4)
     x, labels = starts(checkpoint, sizes["conditional"], generator)
-    steps = runs.fresh_steps(checkpoint)
+    steps = runs.FRESH_STEPS
     before = predict(network, x).argmax(1) == labels
     x = extend(checkpoint, model, x, steps, generator, labels)
     right = (predict(network, x).argmax(1) == labels).double().cpu().numpy()

@@ -18,6 +18,7 @@ from cli import UserError
 from models import build_model, energy, joint_energy
 
 FORMAT = "sgld-nrg 1"
+FRESH_STEPS = 100  # of a fresh chain unless told otherwise: on the validation splits chains are best near it
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
 
 # Columns of metrics.csv. Each value but the first five is the mean over the iterations since the row before.
@@ -85,11 +86,6 @@ def chain_energy(model, device, precision):
 def chain_settings(checkpoint):
     """Return the keyword arguments of sgld.run_chains that a JEM was trained with, the number of steps apart."""
     return {name: value for name, value in checkpoint["sgld"].items() if name != "steps"}
-
-
-def fresh_steps(checkpoint):
-    """Return the Langevin steps that a fresh chain takes unless told otherwise: ten times those of the training."""
-    return 10 * checkpoint["sgld"]["steps"]
 
 
 class MetricsLog:

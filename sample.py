@@ -30,7 +30,7 @@ def build_parser():
     group.add_argument(
         "--steps",
         type=cli.count,
-        help="Langevin steps; without it ten times those of the training for fresh chains, 0 for the buffer's",
+        help="Langevin steps; without it 100 for fresh chains, 0 for the buffer's",
     )
     group.add_argument(
         "--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]; without it the training's"
@@ -166,7 +166,7 @@ def check_against_checkpoint(args, checkpoint):
             "the chains of this replay buffer have no class (it was trained without --p-xy-weight): use --source fresh"
         )
     if args.steps is None:
-        args.steps = runs.fresh_steps(checkpoint) if args.source == "fresh" else 0
+        args.steps = runs.FRESH_STEPS if args.source == "fresh" else 0
     if args.dry_run:
         args.num, args.steps = max(DRY_RUN["num"], len(args.class_label or ())), min(DRY_RUN["steps"], args.steps)
 

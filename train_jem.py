@@ -38,7 +38,8 @@ def build_parser():
         "pixels on [0, 1]; 0: not",
     )  # fmt: skip
     group.add_argument(
-        "--clean-share", type=cli.fraction,
+        "--clean-share",
+        type=cli.fraction,
         help="share of the cross-entropy on images as they are, the rest being on the augmented and attacked ones",
     )
     group = parser.add_argument_group("SGLD")
@@ -59,9 +60,13 @@ def build_parser():
     group.add_argument("--buffer-size", type=cli.positive_int, help="persistent chains")
     group.add_argument("--reinit-prob", type=cli.fraction, help="probability that a drawn chain is restarted")
     group.add_argument(
-        "--long-chains", type=cli.count, help="chains of the buffer that never restart, so that some grow thousands of steps old"
+        "--long-chains",
+        type=cli.count,
+        help="chains of the buffer that never restart, so that some grow thousands of steps old",
     )
-    group.add_argument("--long-share", type=cli.fraction, help="share of each batch of chains that is drawn from the long chains")
+    group.add_argument(
+        "--long-share", type=cli.fraction, help="share of each batch of chains that is drawn from the long chains"
+    )
     group.add_argument(
         "--restart", choices=("uniform", "gaussian"), default="gaussian",
         help="where chains start: uniform noise, or Gaussians fitted to the training images of each class",

@@ -4,8 +4,8 @@
 
 trains each --variant (a name and flags of train_jem.py; without any the preset itself) with each --seed, measures every
 checkpoint that the run leaves behind after the training, off its clock, on the validation split, and writes quality.json,
-quality.md and quality.png. With --test the end of each run is measured on the test set too; that is for reports, not for
-choosing.
+quality.md and quality.png. With --test the end of each run is measured on the test set instead; that is for reports, not
+for choosing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import cli  # noqa: E402
 # Sizes of a measurement: buffer's and fresh chains, long chains and their steps; images, steps and restarts of the attacks.
 POINT = {"buffer": 2000, "fresh": 500, "long": 0, "longest": 0, "attacked": 200, "attack_steps": 10, "restarts": 1}
 QUICK = {"buffer": 5000, "fresh": 2000, "long": 300, "longest": 1000, "attacked": 300, "attack_steps": 20, "restarts": 1}
-FULL = {"buffer": 10_000, "fresh": 10_000, "long": 1000, "longest": 1000, "attacked": 1000, "attack_steps": 40, "restarts": 2}
+FULL = {"buffer": 10_000, "fresh": 10_000, "long": 500, "longest": 1000, "attacked": 1000, "attack_steps": 40, "restarts": 2}
 OOD = {"val": ("rotated", "inverted"), "test": ("kmnist", "rotated", "inverted")}
 ATTACKS = {"linf": 0.1, "l2": 1.5}  # radius, pixels on [0, 1]
 FIGURE = ("accuracy", "ece", "buffer", "fresh", "ood rotated", "linf 0.1")
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--save-minutes", type=cli.positive, default=0.5, help="minutes between two points of the curve")
     parser.add_argument("--quick", action="store_true", help="fewer chains and weaker attacks at the end of each run")
     parser.add_argument("--kmnist", metavar="FILE", help=".npz of KMNIST test images, for --test")
-    parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set as well")
+    parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set")
     parser.add_argument("--out-dir", default="results/quality", help="folder that receives everything the script writes")
     args = parser.parse_args(argv)
     args.variant = [word.partition(":")[::2] for word in args.variant or ["preset:"]]
@@ -110,8 +110,10 @@ def judge(path, dataset, part, network, sizes, sets):
     generator, most = torch.Generator().manual_seed(0), min(len(split.labels), len(checkpoint["buffer"]["labels"]))
     train = dataset.train.images[torch.randperm(len(dataset.train.labels), generator=generator)]
     reference = predict(network.features, split.images)
-    chains = {"buffer": checkpoint["buffer"]["images"][torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)]}
-    for kind, steps in (("fresh", runs.fresh_steps(checkpoint)), ("long", sizes["longest"])):
+    chains = {
+        "buffer": checkpoint["buffer"]["images"][torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)]
+    }
+    for kind, steps in (("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
         chains[kind] = chain_quality.fresh_chains(checkpoint, model, min(sizes[kind], most), steps, generator)
     for kind, images in chains.items():
         count = min(sizes[kind], most, len(train))
@@ -138,25 +140,20 @@ def markdown(args, found):
     import statistics
 
     lines = [f"Made by `python benchmarks/time_to_quality.py {shlex.join(args.given)}`.", ""]
-    for part in ("val", "test"):
-        ends = {name: [run[part] for run in runs if run.get(part)] for name, runs in found.items()}
-        if not any(ends.values()):
-            continue
-        columns = list(next(rows for rows in ends.values() if rows)[0])
-        lines += [f"### At the end, {'validation split' if part == 'val' else 'test set'}", ""]
-        lines += ["| | runs | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
-        for name, rows in ends.items():
-            cells = []
-            for column in columns:
-                values = [row[column] for row in rows]
-                spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "–")
-            failed = sum(run["exit_code"] != 0 for run in found[name])
-            lines.append(
-                f"| {name} | {len(found[name])}{f' ({failed} diverged)' if failed else ''} | " + " | ".join(cells) + " |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+    part = "test" if args.test else "val"
+    ends = {name: [run[part] for run in runs if run[part] and not run["exit_code"]] for name, runs in found.items()}
+    failed = {name: sum(run["exit_code"] != 0 for run in runs) for name, runs in found.items()}
+    lines += [f"At the end, {'test set' if args.test else 'validation split'}, {args.minutes:g} minutes:", ""]
+    lines += ["| | " + " | ".join(found) + " |", "| --- " * (len(found) + 1) + "|"]
+    for score in next((rows[0] for rows in ends.values() if rows), {}):
+        cells = []
+        for rows in ends.values():
+            values = [row[score] for row in rows]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "–")
+        lines.append(f"| {score} | " + " | ".join(cells) + " |")
+    lines.append("| runs that diverged | " + " | ".join(f"{failed[name]} of {len(found[name])}" for name in found) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv=None):
@@ -187,16 +184,14 @@ def main(argv=None):
     sets = {part: {name: args.kmnist if name == "kmnist" else name for name in names} for part, names in OOD.items()}
     if not args.kmnist:
         del sets["test"]["kmnist"]
-    found, end = {}, QUICK if args.quick else FULL
+    found, end, part = {}, QUICK if args.quick else FULL, "test" if args.test else "val"
     for index, exit_code, points in tqdm(trained, disable=None):
         name, flags, seed = wanted[index]
-        run = {"flags": flags, "seed": seed, "exit_code": exit_code, "points": [], "val": None, "test": None}
+        run = {"flags": flags, "seed": seed, "exit_code": exit_code, "points": [], part: None}
         for point in points:
             run["points"].append(judge(point, dataset, "val", network, POINT, sets["val"]))
         if points:
-            run["val"] = judge(points[-1], dataset, "val", network, end, sets["val"])
-        if points and args.test:
-            run["test"] = judge(points[-1], dataset, "test", network, end, sets["test"])
+            run[part] = judge(points[-1], dataset, part, network, end, sets[part])
         found.setdefault(name, []).append(run)
         (folder / "quality.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     (folder / "quality.md").write_text(markdown(args, found))
