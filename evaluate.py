@@ -34,7 +34,7 @@ def build_parser():
     group.add_argument("--bins", type=cli.positive_int, default=15, help="equal-width bins of the calibration errors")
     group.add_argument(
         "--longest-chain", type=cli.positive_int, metavar="STEPS",
-        help="Langevin steps after which the long chains end; without it 1000, with --quick 100",
+        help="Langevin steps after which the long chains end; without it 10000, with --quick 100",
     )  # fmt: skip
     group.add_argument("--quick", action="store_true", help="smaller samples and fewer attacks: an answer within a minute")
     cli.add_run_flags(parser)
@@ -72,7 +72,7 @@ FULL = {
     "ood": 10_000, "attacked": 1000, "attack_steps": 40, "restarts": 2, "epsilons": EPSILONS,
     "refined": 100, "refined_steps": 5, "refined_attack_steps": 20, "refined_draws": 2,
     "refined_epsilons": {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.5, 3.0)},
-    "samples": 10_000, "conditional": 1000, "long_chains": 1000, "longest": 1000, "chains": 64, "chain_steps": 300,
+    "samples": 10_000, "conditional": 1000, "long_chains": 400, "longest": 10_000, "chains": 64, "chain_steps": 300,
     "resamples": 200,
 }  # fmt: skip
 QUICK = {
