@@ -43,8 +43,16 @@ class UserError(Exception):
     """A mistake that the user can mend: one sentence that says what to do."""
 
 
+class Stopped(Exception):
+    """A training was stopped by a signal and saved its state; the message says how to go on."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as shells report it
+
+
 def exits_cleanly(main):
-    """Wrap a script's main: a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Wrap a script's main: a mistake becomes one line on stderr and exit code 2, a signal exit code 128 + its number."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -56,9 +64,16 @@ def exits_cleanly(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except OSError as error:  # a disk that is full, a folder that vanished: the checkpoint that lies there is whole
+            place = f"{str(error.filename)!r}: " if error.filename else ""
+            print(f"error: {place}{error.strerror or error}; mend that and run it again; a training goes on with --resume", file=sys.stderr)
+            raise SystemExit(2) from None
         except FloatingPointError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise SystemExit(stopped.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
             raise SystemExit(130) from None
@@ -208,7 +223,13 @@ def add_run_flags(parser):
 
 
 def add_rerun_flags(group):
-    """Add what a training script does when its folder already holds a run."""
+    """Add when a training script writes checkpoints, and what it does when its folder already holds a run."""
+    group.add_argument(
+        "--save-minutes", type=positive, default=1.0, help="minutes between two checkpoints besides those that end an epoch"
+    )
+    group.add_argument(
+        "--save-steps", type=positive_int, help="iterations between two checkpoints; without it time alone decides"
+    )
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in --out-dir from its checkpoint")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")

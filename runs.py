@@ -7,12 +7,18 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from cli import UserError
 from models import build_model, energy, joint_energy
@@ -150,7 +156,8 @@ def read_metrics(path):
 def run_folder(args):
     """Yield the folder for a run's files: --out-dir, made if need be, or for --dry-run one that vanishes afterwards.
 
-    Raises UserError where the folder cannot be made or written.
+    A training has its folder to itself. Raises UserError where the folder cannot be made or written, and where another
+    training is writing it.
     """
     if args.dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +170,20 @@ def run_folder(args):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {str(folder)!r} ({error.strerror}): name another folder with --out-dir") from error
-    yield folder
+    if not hasattr(args, "resume") or fcntl is None:
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it however the process ends
+        except BlockingIOError:
+            raise UserError(
+                f"another training is writing to {str(folder)!r}: wait for it, or name another folder with --out-dir"
+            ) from None
+        yield folder
+    finally:
+        os.close(descriptor)
 
 
 def open_checkpoint(path, args):
@@ -199,25 +219,53 @@ def open_checkpoint(path, args):
 def save_checkpoint(path, kind, **state):
     """Write a checkpoint: to a temporary file first, flushed to the disk, then renamed, so that none is ever half there.
 
+    The one that lay there and the one before it stay as `path`.1 and `path`.2, until `remove_older`.
+
     kind: "classifier" or "jem". state: plain types, tensors and state dicts only, so that torch.load accepts it with
     weights_only.
     """
-    temporary = Path(f"{path}.tmp")
+    path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, "kind": kind, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        _make_older(path)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {str(path)!r} ({error.strerror}); what stood there before is untouched") from error
 
 
+def _older(path):
+    """Return where older checkpoints are kept, the youngest first."""
+    return [Path(f"{path}.{age}") for age in (1, 2)]
+
+
+def _make_older(path):
+    """Keep what lies at path under its older name too, and what lay there under the next: path is never missing."""
+    first, second = _older(path)
+    if not path.exists():
+        return
+    if first.exists():
+        os.replace(first, second)
+    try:
+        os.link(path, first)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, first)
+
+
+def remove_older(path):
+    """Remove the older checkpoints of a finished run."""
+    for older in _older(path):
+        older.unlink(missing_ok=True)
+
+
 def load_checkpoint(path, kind, device="cpu"):
     """Read a checkpoint of one kind ("classifier" or "jem") without ever executing code from it.
 
-    Raises UserError for a missing file, for one that is no checkpoint of this project, and for the other kind.
+    Raises UserError for a missing file, for one that is no checkpoint of this project, and for the other kind; where an
+    older one is intact the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -225,7 +273,9 @@ def load_checkpoint(path, kind, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for the many ways a file can be no checkpoint
-        raise UserError(f"{str(path)!r} is damaged or no checkpoint ({type(error).__name__}): name another file") from error
+        intact = next((str(older) for older in _older(path) if _is_intact(older)), None)
+        advice = f"copy the older {intact!r} over it to go on from that" if intact else "name another file"
+        raise UserError(f"{str(path)!r} is damaged or no checkpoint ({type(error).__name__}): {advice}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is no checkpoint of this project: name one that train_{kind}.py wrote")
     if state["kind"] != kind:
@@ -233,6 +283,14 @@ def load_checkpoint(path, kind, device="cpu"):
             f"{str(path)!r} holds a {state['kind']}, where a {kind} is needed: make one with python train_{kind}.py"
         )
     return state
+
+
+def _is_intact(path):
+    """Tell whether a checkpoint can be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True).get("format") == FORMAT
+    except Exception:  # as in load_checkpoint
+        return False
 
 
 def load_model(state, device):

@@ -23,6 +23,8 @@ def build_parser():
 if __name__ == "__main__":
     cli.parse(build_parser())  # --help and mistyped flags answer here, before torch is loaded
 
+import math
+
 from torch.nn.functional import cross_entropy
 
 import data
@@ -47,6 +49,7 @@ def train(args, dataset, folder, device, resumed=None, max_minutes=None):
     """
     run = Training(args, dataset, folder, "classifier", device, resumed=resumed, max_minutes=max_minutes)
     checkpoint = resumed
+    best = {name: resumed[name] for name in ("model", "val_cross_entropy")} if resumed else {"val_cross_entropy": math.inf}
     for images, labels in run.batches():
         with run.autocast():
             logits = run.model(run.augmented(images)).float()
@@ -56,11 +59,13 @@ def train(args, dataset, folder, device, resumed=None, max_minutes=None):
         if run.epoch_ends():
             val_loss, val_accuracy = evaluate(run.averaged, dataset.val)
             run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
-            best = checkpoint is None or val_loss < checkpoint["val_cross_entropy"]
+            if val_loss < best["val_cross_entropy"]:
+                best = {"model": run.averaged_weights(), "val_cross_entropy": val_loss}
+        if run.save_is_due():
             checkpoint = {
                 "model_config": run.model_config,
-                "model": {k: v.clone() for k, v in run.averaged.state_dict().items()} if best else checkpoint["model"],
-                "val_cross_entropy": val_loss if best else checkpoint["val_cross_entropy"],
+                "model": run.averaged_weights(),  # until an epoch has ended
+                **best,
                 "dataset": dataset.name,
                 "args": runs.plain_arguments(args),
                 "finished": run.done >= 1,

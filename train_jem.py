@@ -75,9 +75,6 @@ def build_parser():
     cli.add_rerun_flags(group)
     group.add_argument("--log-every", type=cli.positive_int, default=50, help="iterations between two rows of metrics.csv")
     group.add_argument(
-        "--save-minutes", type=cli.positive, default=1.0, help="minutes between two checkpoints besides those that end an epoch"
-    )
-    group.add_argument(
         "--grid-every", type=cli.positive_int, default=1, help="epochs between two sample grids after the first epoch"
     )
     return parser
@@ -324,7 +321,7 @@ def make_checkpoint(run, buffer):
     """Return all that sample.py, evaluate.py and a resumed run need: plain types, tensors and state dicts."""
     return {
         "model_config": run.model_config,
-        "model": {name: value.clone() for name, value in run.averaged.state_dict().items()},
+        "model": run.averaged_weights(),
         "dataset": run.dataset.name,
         "sgld": {"steps": run.args.steps, **sgld_settings(run.args)},
         "restart": buffer.restart.state_dict(),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -13,7 +17,7 @@ from tqdm import tqdm
 import cli
 import plots
 import runs
-from cli import UserError
+from cli import Stopped, UserError
 from data import augment
 from models import build_model
 from sgld import add_noise
@@ -72,6 +76,7 @@ class Training:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.step, self.minutes_before, self.max_minutes = 0, 0.0, max_minutes
+        self.stop_signal = self.stopping = 0  # the number of a signal that waits for the next update; that ends the run
         self.steps = args.epochs and args.epochs * self.epoch_steps
         if args.dry_run:
             self.steps = DRY_RUN_STEPS
@@ -87,6 +92,10 @@ class Training:
     def averaged(self):
         """The network with the weights that are kept."""
         return self.ema.module if self.ema else self.model
+
+    def averaged_weights(self):
+        """Return a copy of the weights that are kept."""
+        return {name: value.clone() for name, value in self.averaged.state_dict().items()}
 
     def minutes(self):
         """Return the wall-clock minutes of the run: since the script's start, and before the last resumption."""
@@ -106,15 +115,42 @@ class Training:
         """
         bar = tqdm(total=self.steps, initial=self.step, desc=self.phase, unit="it", disable=None)
         self.bar, self.done, order_epoch = bar, self.progress(), None
-        while self.done < 1 or not self.step:
-            self.began = time.perf_counter()
-            epoch, position = divmod(self.step, self.epoch_steps)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(len(self.train_split.labels), self.args.seed, epoch).to(self.device), epoch
-            chosen = order[position * self.args.batch_size : (position + 1) * self.args.batch_size]
-            yield self.train_split.images[chosen], self.train_split.labels[chosen]
-            bar.update()
-        bar.close()
+        with self._signals_wait(), bar:
+            while self.done < 1 or not self.step:
+                self.began = time.perf_counter()
+                epoch, position = divmod(self.step, self.epoch_steps)
+                if epoch != order_epoch:
+                    order, order_epoch = epoch_order(len(self.train_split.labels), self.args.seed, epoch).to(self.device), epoch
+                chosen = order[position * self.args.batch_size : (position + 1) * self.args.batch_size]
+                yield self.train_split.images[chosen], self.train_split.labels[chosen]
+                bar.update()
+                if self.stopping and self.done < 1:
+                    raise Stopped(f"stopped at iteration {self.step} and saved; {self._how_to_go_on()}", self.stopping)
+
+    @contextmanager
+    def _signals_wait(self):
+        """Let the first SIGINT or SIGTERM wait for the end of the iteration, where the run is saved; a second one kills."""
+
+        def note(number, frame):
+            if self.stop_signal:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _how_to_go_on(self):
+        """Return the words that tell a user how to continue a stopped run."""
+        if self.phase == "classifier" and hasattr(self.args, "pretrain_epochs"):
+            return "the same command again goes on with it"
+        return f"go on with: python train_{self.phase}.py --resume --out-dir {shlex.quote(str(self.folder))}"
 
     def noisy(self, images):
         """Return images with the input noise."""
@@ -142,15 +178,17 @@ class Training:
             self.ema.update_parameters(self.model)
         self.log.add(time.perf_counter() - self.began, **values)
         self.step += 1
-        self.done = self.progress()
+        self.done, self.stopping = self.progress(), self.stop_signal
 
     def epoch_ends(self):
         """Tell whether the last update ended an epoch or the run."""
         return self.step % self.epoch_steps == 0 or self.done >= 1
 
     def save_is_due(self):
-        """Tell whether a checkpoint is to be written: at the end of an epoch, or args.save_minutes after the last."""
-        return self.epoch_ends() or time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        """Tell whether a checkpoint is to be written: an epoch ends, the time or the steps have come, or a signal has."""
+        by_steps = self.args.save_steps and self.step % self.args.save_steps == 0
+        by_time = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        return bool(self.epoch_ends() or by_steps or by_time or self.stopping)
 
     def write_row(self, **values):
         """Write a row of metrics.csv and show its most telling numbers."""
@@ -166,6 +204,8 @@ class Training:
     def save(self, checkpoint):
         """Write the phase's checkpoint, and the curves: at the end, and before it no more often than they are looked at."""
         runs.save_checkpoint(self.folder / f"{self.phase}.pt", self.phase, **checkpoint)
+        if self.done >= 1:
+            runs.remove_older(self.folder / f"{self.phase}.pt")
         self.saved = time.perf_counter()
         if self.done >= 1 or time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
             plots.save_curves(runs.read_metrics(self.folder / "metrics.csv"), self.folder / "curves.png")

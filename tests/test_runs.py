@@ -42,6 +42,34 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["jem.pt"]
 
 
+def test_the_last_two_checkpoints_stay_beside_the_new_one_and_a_damaged_one_names_them(tmp_path):
+    path = tmp_path / "jem.pt"
+    for step in range(4):
+        runs.save_checkpoint(path, "jem", step=step)
+    kept = [path, tmp_path / "jem.pt.1", tmp_path / "jem.pt.2"]
+    assert sorted(tmp_path.iterdir()) == kept
+    assert [torch.load(file, weights_only=True)["step"] for file in kept] == [3, 2, 1]
+    for damaged, named in ((path, r"copy the older .*jem\.pt\.1"), (kept[1], r"copy the older .*jem\.pt\.2"), (kept[2], "another")):
+        content = damaged.read_bytes()[:100]
+        damaged.unlink()
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=named):
+            runs.load_checkpoint(path, "jem")
+    runs.remove_older(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_belongs_to_one_training_at_a_time(tmp_path):
+    args = Namespace(dry_run=False, out_dir=tmp_path, resume=False)
+    with runs.run_folder(args):
+        with pytest.raises(UserError, match="another training"), runs.run_folder(args):
+            pass
+        with runs.run_folder(Namespace(dry_run=False, out_dir=tmp_path)) as folder:  # sample.py and evaluate.py may
+            assert folder == tmp_path
+    with runs.run_folder(args):
+        pass
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # what it warns of is the test
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "pickle", "foreign", "classifier"])
 def test_a_file_that_is_no_jem_is_refused_by_name_and_never_executed(tmp_path, content, monkeypatch):
