@@ -6,6 +6,7 @@ samples vermilion.
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import matplotlib
@@ -37,7 +38,8 @@ def save_curves(rows, path):
     """Draw the curves of a run from the rows of its metrics.csv (a list of dicts of str; see runs.COLUMNS).
 
     Six panels against minutes of the run: cross-entropy, accuracy, energies, energy gap, chains and learning rate.
-    A panel without values is left out; phases (pretraining, JEM training) are separated by a dotted line.
+    A panel without values is left out; phases (pretraining, JEM training) are separated by a dotted line, and a dashed
+    one stands where a rollback (see guard.py) was.
     """
     panels = [
         (
@@ -70,6 +72,9 @@ def save_curves(rows, path):
                 )
         if change is not None:
             axis.axvline(change, color=NEUTRAL, linestyle=":", linewidth=1)
+        for before, after in itertools.pairwise(rows):
+            if int(after["rollbacks"] or 0) > int(before["rollbacks"] or 0):
+                axis.axvline(float(after["minutes"]), color=CHAIN_COLOUR, linestyle="--", linewidth=1)
         axis.set(title=title, xlabel="minutes")
         axis.grid(alpha=0.3)
         if curves[0][1]:

@@ -42,6 +42,7 @@ COLUMNS = {
     "chain_displacement": "mean over chains of the L2 distance between a chain's start and end in an iteration",
     "chain_saturated": "share of the chains' pixels at or beyond -1 or 1",
     "chain_age": "mean over the replay buffer of Langevin steps since the chain's restart",
+    "rollbacks": "how often the training was taken back to a healthy state so far, see guard.py",
     "iterations_per_second": "training iterations a second, validation and figures left out",
     "val_cross_entropy": "-log p(y|x) on the validation split, averaged weights, nat; on the row that ends an epoch",
     "val_accuracy": "share of the validation split classified right, averaged weights",
@@ -108,10 +109,12 @@ class MetricsLog:
         if rows and list(rows[0]) != list(COLUMNS):
             raise UserError(f"{str(self.path)!r} is no metrics file of this project: name another folder with --out-dir")
         kept = [row for row in rows if row["phase"] != phase or (resumed_at is not None and int(row["step"]) <= resumed_at)]
-        with open(self.path, "w", newline="") as file:
+        temporary = Path(f"{self.path}.tmp")
+        with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
+        os.replace(temporary, self.path)
 
     def add(self, seconds, **values):
         """Add one iteration: how long it took, and scalar tensors on any device."""

@@ -73,6 +73,11 @@ def build_parser():
     )  # fmt: skip
     group = cli.add_run_flags(parser)
     cli.add_rerun_flags(group)
+    group.add_argument(
+        "--max-rollbacks", type=cli.count, default=4,
+        help="how often a training that diverges is taken back to a healthy state, with other noise, a lower lr, then more "
+        "steps, then a stronger regulariser, before it is given up",
+    )  # fmt: skip
     group.add_argument("--log-every", type=cli.positive_int, default=50, help="iterations between two rows of metrics.csv")
     group.add_argument(
         "--grid-every", type=cli.positive_int, default=1, help="epochs between two sample grids after the first epoch"
@@ -108,7 +113,10 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags answer here, before torch is loaded
 
+import copy
+import sys
 from argparse import Namespace
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -120,6 +128,7 @@ import runs
 import train_classifier
 from attacks import single_step
 from cli import UserError
+from guard import Guard
 from models import energy, joint_energy
 from sgld import GaussianRestart, UniformRestart, run_chains
 from training import Training
@@ -175,6 +184,13 @@ class ReplayBuffer:
         """Write chains back to the slots that they were drawn from, `steps` Langevin steps older."""
         self.images[slots] = images
         self.ages[slots] += steps
+
+    def restart_broken(self, generator=None):
+        """Restart the chains that are not finite."""
+        broken = ~torch.isfinite(self.images).flatten(1).all(1)
+        if broken.any():
+            self.images[broken] = self.restart.draw(self.labels[broken], generator)
+            self.ages[broken] = 0
 
     def state_dict(self):
         """Return the chains, labels and ages."""
@@ -236,7 +252,7 @@ def iterate(run, buffer, images, labels):
 
     run: training.Training. buffer: ReplayBuffer. images: (N, C, H, W) float, pixels in [-1, 1]; labels: (N,) int64.
     """
-    args, generator, conditional = run.args, run.generator, run.args.p_xy_weight > 0
+    args, generator, conditional = run.settings, run.generator, run.args.p_xy_weight > 0
 
     slots, starts, chain_labels = buffer.draw(args.batch_size, generator)
     chains = run_chains(
@@ -282,7 +298,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
 
     args: parsed flags. dataset: data.Dataset. folder: pathlib.Path. classifier: the state_dict to start from, or None
     for random weights. resumed: the checkpoint of a stopped run, to go on from.
-    Raises FloatingPointError, naming iteration and term, where a number stops being finite.
+    Raises FloatingPointError, naming iteration and term, where the training diverges once more than --max-rollbacks.
     """
     run = Training(args, dataset, folder, "jem", device, weights=classifier, resumed=resumed, max_minutes=args.max_minutes)
     buffer = ReplayBuffer(
@@ -297,24 +313,56 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             old.unlink()  # of a run that is being overwritten
         save_grids(run, buffer)
 
+    guard, healthy = Guard(), deque([copy.deepcopy(make_checkpoint(run, buffer))], maxlen=3)
+    if resumed:
+        guard.load_state_dict(resumed["guard"])
     for images, labels in run.batches():
         try:
             iterate(run, buffer, images, labels)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"training diverged at iteration {run.step}: {error}; lower --lr or raise --energy-reg"
-            ) from error
-        if run.epoch_ends():
-            val_loss, val_accuracy = train_classifier.evaluate(run.averaged, dataset.val)
-            run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
-        elif run.step % args.log_every == 0:
-            run.write_row()
+            row = None
+            if run.epoch_ends():
+                val_loss, val_accuracy = train_classifier.evaluate(run.averaged, dataset.val)
+                row = run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
+            elif run.step % args.log_every == 0:
+                row = run.write_row()
+            if row and guard.judge(row):
+                healthy.append(copy.deepcopy(make_checkpoint(run, buffer)))
+        except ArithmeticError as error:
+            guard = Guard()
+            roll_back(run, buffer, healthy, error)
+            continue
         if run.save_is_due():
-            checkpoint = make_checkpoint(run, buffer)
+            checkpoint = {**make_checkpoint(run, buffer), "guard": guard.state_dict()}
             run.save(checkpoint)
         if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
             save_grids(run, buffer)
+    if not (checkpoint and checkpoint["finished"]):  # the budget of minutes ended in a rollback
+        checkpoint = {**make_checkpoint(run, buffer), "guard": guard.state_dict()}
+        run.save(checkpoint)
     return checkpoint
+
+
+def roll_back(run, buffer, healthy, error):
+    """Take a run that left its healthy range back to the last of its healthy states and change what `remedied` says.
+
+    healthy: deque of make_checkpoint's results; the last is used up unless it is the only one, so that the next rollback
+    goes further back. error: what was found. Raises FloatingPointError, with a diagnosis, after --max-rollbacks.
+    """
+    found, rollbacks = f"iteration {run.step}: {error}", run.rollbacks + 1
+    if rollbacks > run.args.max_rollbacks:
+        raise FloatingPointError(
+            f"training diverged at {found}, after {run.rollbacks} rollbacks; lower --lr or raise --energy-reg or --steps"
+        ) from error
+    state = healthy.pop() if len(healthy) > 1 else healthy[0]
+    run.roll_back(copy.deepcopy(state["training"]), rollbacks)  # the optimiser changes what it is given in place
+    buffer.load_state_dict(state["buffer"])
+    buffer.restart_broken(run.generator)
+    now = run.settings
+    print(
+        f"training left its healthy range at {found}; back to iteration {run.step} with other noise, rollback {rollbacks} of "
+        f"{run.args.max_rollbacks}: lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def make_checkpoint(run, buffer):

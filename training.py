@@ -19,6 +19,7 @@ import plots
 import runs
 from cli import Stopped, UserError
 from data import augment
+from guard import remedied
 from models import build_model
 from sgld import add_noise
 
@@ -80,13 +81,29 @@ class Training:
         self.steps = args.epochs and args.epochs * self.epoch_steps
         if args.dry_run:
             self.steps = DRY_RUN_STEPS
+        self.rollbacks = 0
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:
-            self._load(resumed["training"])
+            self.load_state_dict(resumed["training"])
         self.began = self.drawn = self.saved = time.perf_counter()
         runs.write_config(
             folder, phase, args, device=str(device), precision=self.precision, model_config=self.model_config
         )  # fmt: skip
+
+    def roll_back(self, state, rollbacks):
+        """Return to a state of this run, with the clock where it is, other noise, and the rows after that state gone."""
+        minutes_before = self.minutes_before
+        self.load_state_dict(state)
+        self.minutes_before, self.rollbacks = minutes_before, rollbacks
+        self.generator.manual_seed(self.args.seed + 1_000_000 * rollbacks)
+        self.log = runs.MetricsLog(self.log.path, self.phase, resumed_at=self.step)
+        self.log.load_state_dict(state["log"])
+        self.done = self.progress()
+
+    @property
+    def settings(self):
+        """The flags that hold now: args, with what the rollbacks changed."""
+        return remedied(self.args, self.rollbacks) if self.rollbacks else self.args
 
     @property
     def averaged(self):
@@ -166,7 +183,7 @@ class Training:
 
     def update(self, loss, **values):
         """Take one optimiser step down the loss, average the weights, and log scalar tensors under COLUMNS's names."""
-        self.lr = learning_rate(self.args, self.step, self.done)
+        self.lr = learning_rate(self.settings, self.step, self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,7 +208,8 @@ class Training:
         return bool(self.epoch_ends() or by_steps or by_time or self.stopping)
 
     def write_row(self, **values):
-        """Write a row of metrics.csv and show its most telling numbers."""
+        """Write a row of metrics.csv, show its most telling numbers, and return it."""
+        values["rollbacks"] = self.rollbacks
         row = self.log.write(self.step, self.step / self.epoch_steps, self.minutes(), self.lr, **values)
         shown = ("epoch", "energy_gap", "accuracy", "val_accuracy")
         text = ", ".join(
@@ -200,6 +218,7 @@ class Training:
         self.bar.set_postfix_str(text)
         if not sys.stderr.isatty() and "val_accuracy" in row:
             print(f"{self.phase}: minute {row['minutes']:.1f}, {text}", flush=True)
+        return row
 
     def save(self, checkpoint):
         """Write the phase's checkpoint, and the curves: at the end, and before it no more often than they are looked at."""
@@ -216,6 +235,7 @@ class Training:
         return {
             "step": self.step,
             "minutes": self.minutes(),
+            "rollbacks": self.rollbacks,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -223,9 +243,9 @@ class Training:
             "log": self.log.state_dict(),
         }
 
-    def _load(self, state):
+    def load_state_dict(self, state):
         """Take up the state of a run of the same settings."""
-        self.step, self.minutes_before = state["step"], state["minutes"]
+        self.step, self.minutes_before, self.rollbacks = state["step"], state["minutes"], state["rollbacks"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:

@@ -1,0 +1,79 @@
+"""Finds a training that leaves its healthy range while it happens, and says what to change before it goes on.
+
+It reads the rows of metrics.csv (means over --log-every iterations), so it costs nothing and looks at what a reader of
+the curves would look at. Energies are in nats of the logits, whose scale the classifier sets: a gap of some nats is one
+whatever step and noise are.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+ROWS = 3  # out of range in so many rows one after the other: divergence
+GAP = 8.0  # nat; healthy gaps are within 2, those of runs that were lost went to 18 and beyond
+LEVEL = 50.0  # nat that |E(data)| may lie above three times its largest value so far
+SATURATED = 0.98  # share of the chains' pixels at -1 or 1; of MNIST's own pixels it is 0.83
+SNAPSHOT_ROWS = 10  # healthy rows from one state that is kept for a rollback to the next
+
+
+class Diverged(ArithmeticError):
+    """A training has left its healthy range; FloatingPointError, for what is not finite, is its sibling."""
+
+
+class Guard:
+    """Judges rows of metrics.csv one after the other.
+
+    settled: whether the energy gap has once come near 0; until then it may be anything, for chains need some hundred
+    iterations to find the data. accuracy: the best so far, 0..1. level: the largest |E(data)| so far, nat. out: rows
+    out of range, counted since the last healthy one. healthy: healthy rows so far.
+    """
+
+    def __init__(self):
+        self.settled, self.accuracy, self.level, self.out, self.healthy = False, 0.0, 0.0, 0, 0
+
+    def judge(self, row):
+        """Take a row, {column: number}; returns whether the state behind it is worth keeping for a rollback.
+
+        Raises Diverged, with the reasons, for the last of ROWS rows that are out of range.
+        """
+        gap, level, accuracy = abs(row["energy_gap"]), abs(row["energy_positive"]), row["accuracy"]
+        reasons = []
+        if self.settled and gap > GAP:
+            reasons.append(f"energy gap {row['energy_gap']:.3g}")
+        if self.healthy and level > LEVEL + 3 * self.level:
+            reasons.append(f"energy level {row['energy_positive']:.3g}")
+        if row["chain_saturated"] >= SATURATED:
+            reasons.append(f"saturated chains {row['chain_saturated']:.3g}")
+        if accuracy < self.accuracy / 2:
+            reasons.append(f"accuracy {accuracy:.3g} after {self.accuracy:.3g}")
+        if reasons:
+            self.out += 1
+            if self.out >= ROWS:
+                raise Diverged(", ".join(reasons))
+            return False
+        self.out, self.healthy = 0, self.healthy + 1
+        self.settled = self.settled or gap <= GAP / 4
+        self.accuracy, self.level = max(self.accuracy, accuracy), max(self.level, level)
+        return gap <= GAP / 2 and self.healthy % SNAPSHOT_ROWS == 0
+
+    def state_dict(self):
+        """Return the guard's memory as plain types."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        """Take up the memory of a stopped run."""
+        vars(self).update(state)
+
+
+def remedied(args, rollbacks):
+    """Return the flags with which a training goes on after so many rollbacks.
+
+    Each halves the learning rate; from the second on chains take twice the Langevin steps; from the third on the energy
+    regulariser is ten times as strong, 0.001 at least.
+    """
+    changed = dict(vars(args), lr=args.lr / 2**rollbacks)
+    if rollbacks >= 2:
+        changed["steps"] = 2 * args.steps
+    if rollbacks >= 3:
+        changed["energy_reg"] = max(10 * args.energy_reg, 0.001)
+    return Namespace(**changed)
