@@ -13,6 +13,7 @@ ROWS = 3  # out of range in so many rows one after the other: divergence
 GAP = 8.0  # nat; healthy gaps are within 2, those of runs that were lost went to 18 and beyond
 LEVEL = 50.0  # nat that |E(data)| may lie above three times its largest value so far
 SATURATED = 0.98  # share of the chains' pixels at -1 or 1; of MNIST's own pixels it is 0.83
+SETTLED_ROWS = 10  # with a gap within a quarter of GAP, one after the other: the chains have found the data
 SNAPSHOT_ROWS = 10  # healthy rows from one state that is kept for a rollback to the next
 
 
@@ -23,13 +24,13 @@ class Diverged(ArithmeticError):
 class Guard:
     """Judges rows of metrics.csv one after the other.
 
-    settled: whether the energy gap has once come near 0; until then it may be anything, for chains need some hundred
-    iterations to find the data. accuracy: the best so far, 0..1. level: the largest |E(data)| so far, nat. out: rows
-    out of range, counted since the last healthy one. healthy: healthy rows so far.
+    near: rows with a small energy gap, one after the other; until they have once been SETTLED_ROWS, gap and level may be
+    anything, for chains need some hundred iterations to find the data. accuracy: the best so far, 0..1. level: the largest
+    |E(data)| so far, nat. out: rows out of range, counted since the last healthy one. healthy: healthy rows so far.
     """
 
     def __init__(self):
-        self.settled, self.accuracy, self.level, self.out, self.healthy = False, 0.0, 0.0, 0, 0
+        self.near, self.accuracy, self.level, self.out, self.healthy = 0, 0.0, 0.0, 0, 0
 
     def judge(self, row):
         """Take a row, {column: number}; returns whether the state behind it is worth keeping for a rollback.
@@ -37,10 +38,10 @@ class Guard:
         Raises Diverged, with the reasons, for the last of ROWS rows that are out of range.
         """
         gap, level, accuracy = abs(row["energy_gap"]), abs(row["energy_positive"]), row["accuracy"]
-        reasons = []
-        if self.settled and gap > GAP:
+        reasons, settled = [], self.near >= SETTLED_ROWS
+        if settled and gap > GAP:
             reasons.append(f"energy gap {row['energy_gap']:.3g}")
-        if self.healthy and level > LEVEL + 3 * self.level:
+        if settled and level > LEVEL + 3 * self.level:
             reasons.append(f"energy level {row['energy_positive']:.3g}")
         if row["chain_saturated"] >= SATURATED:
             reasons.append(f"saturated chains {row['chain_saturated']:.3g}")
@@ -52,7 +53,7 @@ class Guard:
                 raise Diverged(", ".join(reasons))
             return False
         self.out, self.healthy = 0, self.healthy + 1
-        self.settled = self.settled or gap <= GAP / 4
+        self.near = self.near if settled else self.near + 1 if gap <= GAP / 4 else 0
         self.accuracy, self.level = max(self.accuracy, accuracy), max(self.level, level)
         return gap <= GAP / 2 and self.healthy % SNAPSHOT_ROWS == 0
 
