@@ -146,7 +146,7 @@ class ReplayBuffer:
     from them, 0..1, so that a few chains grow old and training sees where thousands of steps lead. device, generator:
     where the chains live and what they are drawn with.
 
-    images: (size, C, H, W) float, one tensor on the device. labels: (size,) int64, the class that a chain was
+    images: (size, C, H, W) float, or of whatever shape the restart distribution draws; one tensor on the device. labels: (size,) int64, the class that a chain was
     started from, and that class-conditional chains keep. ages: (size,) int64, Langevin steps since the restart.
     """
 
@@ -176,7 +176,8 @@ class ReplayBuffer:
         labels, images = self.labels[slots], self.images[slots]
         restarted = torch.rand(count, device=device, generator=generator) < self.reinit_prob
         restarted &= slots < ordinary
-        images = torch.where(restarted[:, None, None, None], self.restart.draw(labels, generator), images)
+        one_each = restarted.view(-1, *[1] * (images.dim() - 1))
+        images = torch.where(one_each, self.restart.draw(labels, generator), images)
         self.ages[slots] = self.ages[slots].masked_fill(restarted, 0)
         return slots, images, labels
 

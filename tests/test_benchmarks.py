@@ -1,6 +1,7 @@
-"""The benchmarks go through on the digits and write what they promise."""
+"""The benchmarks and examples go through and write what they promise."""
 
 import json
+import re
 import runpy
 import sys
 
@@ -36,5 +37,15 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
-def test_importing_a_benchmark_runs_nothing():
-    assert "main" in runpy.run_path(str(ROOT / "benchmarks" / "time_to_quality.py"), run_name="imported")
+@pytest.mark.parametrize("script", ["benchmarks/time_to_quality.py", "examples/two_moons.py"])
+def test_importing_a_script_runs_nothing(script):
+    assert "main" in runpy.run_path(str(ROOT / script), run_name="imported")
+
+
+def test_two_moons_are_classified_and_their_density_is_learned(tmp_path, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "two_moons.py"), run_name="imported")
+    example["main"](["--iterations", "600", "--out", str(tmp_path / "moons.png")])
+    out = capsys.readouterr().out
+    accuracy, likelihood, gaussian, uniform = map(float, re.findall(r"(-?\d+\.\d+)", out)[:4])
+    assert accuracy > 99 and likelihood > gaussian + 0.2 > uniform
+    assert (tmp_path / "moons.png").stat().st_size > 1000
