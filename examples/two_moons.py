@@ -95,15 +95,20 @@ def draw(model, points, labels, chains, path):
     plt.close(figure)
 
 
-def main(argv=None):
-    """Train, measure on held-out points, draw."""
+def parse_args(argv=None):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--iterations", type=int, default=2000, help="of the training, 20 Langevin steps each (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random draw (default: 0)")
     parser.add_argument("--out", default="two-moons.png", help="picture to write (default: two-moons.png)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Train, measure on held-out points, draw."""
+    args = parse_args(argv)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     (points, labels), (test_points, test_labels) = moons(2000, seed=args.seed), moons(2000, seed=args.seed + 1)

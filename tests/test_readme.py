@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -21,7 +23,10 @@ SCRIPTS = [command for command in COMMANDS if command.startswith("python ")]
 
 def parse(command):
     script, *flags = shlex.split(command)[1:]
-    module = importlib.import_module(script.removesuffix(".py"))
+    folder, name = str((ROOT / script).parent), Path(script).stem
+    sys.path.insert(0, folder)
+    module = importlib.import_module(name)
+    sys.path.remove(folder)
     if hasattr(module, "parse_args"):
         return module, flags, module.parse_args(flags)
     return module, flags, importlib.import_module("cli").parse(module.build_parser(), flags)
