@@ -7,9 +7,11 @@ once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import math
 import os
+import re
 import sys
 import time
 
@@ -97,7 +99,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message):
-        """Print one sentence and exit with code 2."""
+        """Print one sentence and exit with code 2; for a mistyped flag it names the nearest."""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else None
+        if near:
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 

@@ -63,7 +63,7 @@ def test_a_preset_follows_the_data_set_and_any_flag_overrides_it():
     assert args.lr == 0.5 and args.given == {"dataset", "lr"} and args.out_dir.endswith("mnist")
     assert "lr 0.5*" in cli.describe_settings(args) and "noise_std" in cli.describe_settings(args)
     wide = parse("--arch", "wide-resnet")
-    assert (wide.width, wide.depth) == tuple(cli.WIDE_RESNET_SHAPE.values())
+    assert (wide.width, wide.depth, wide.stem_stride) == tuple(cli.WIDE_RESNET_SHAPE.values())
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,13 @@ def test_flags_that_are_wrong_or_contradict_each_other_end_in_one_sentence(argv,
         importlib.import_module("train_jem").parse_args(argv.split())
     message = capsys.readouterr().err
     assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_a_mistyped_flag_gets_a_suggestion(capsys):
+    for argv, near in ((["--step-sise", "1"], "--step-size"), (["--sede=3"], "--seed")):
+        with pytest.raises(SystemExit):
+            importlib.import_module("train_jem").parse_args(argv)
+        assert f"did you mean {near}?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        importlib.import_module("train_jem").parse_args(["--zzzzzz"])
+    assert "did you mean" not in capsys.readouterr().err
