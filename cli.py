@@ -68,7 +68,10 @@ def exits_cleanly(main):
             raise SystemExit(2) from None
         except OSError as error:  # a disk that is full, a folder that vanished: the checkpoint that lies there is whole
             place = f"{str(error.filename)!r}: " if error.filename else ""
-            print(f"error: {place}{error.strerror or error}; mend that and run it again; a training goes on with --resume", file=sys.stderr)
+            print(
+                f"error: {place}{error.strerror or error}; mend that and run it again; a training goes on with --resume",
+                file=sys.stderr,
+            )
             raise SystemExit(2) from None
         except FloatingPointError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -146,8 +146,9 @@ class ReplayBuffer:
     from them, 0..1, so that a few chains grow old and training sees where thousands of steps lead. device, generator:
     where the chains live and what they are drawn with.
 
-    images: (size, C, H, W) float, or of whatever shape the restart distribution draws; one tensor on the device. labels: (size,) int64, the class that a chain was
-    started from, and that class-conditional chains keep. ages: (size,) int64, Langevin steps since the restart.
+    images: (size, C, H, W) float, or of whatever shape the restart distribution draws; one tensor on the device.
+    labels: (size,) int64, the class that a chain was started from, and that class-conditional chains keep.
+    ages: (size,) int64, Langevin steps since the restart.
     """
 
     def __init__(self, size, restart, reinit_prob, device="cpu", generator=None, long_chains=0, long_share=0.0):
@@ -314,7 +315,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             old.unlink()  # of a run that is being overwritten
         save_grids(run, buffer)
 
-    guard, healthy = Guard(), deque([copy.deepcopy(make_checkpoint(run, buffer))], maxlen=3)
+    guard, healthy = Guard(), deque([snapshot(run, buffer)], maxlen=3)
     if resumed:
         guard.load_state_dict(resumed["guard"])
     for images, labels in run.batches():
@@ -327,7 +328,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             elif run.step % args.log_every == 0:
                 row = run.write_row()
             if row and guard.judge(row):
-                healthy.append(copy.deepcopy(make_checkpoint(run, buffer)))
+                healthy.append(snapshot(run, buffer))
         except ArithmeticError as error:
             guard = Guard()
             roll_back(run, buffer, healthy, error)
@@ -343,10 +344,15 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
     return checkpoint
 
 
+def snapshot(run, buffer):
+    """Return a copy of all that a training can be taken back to."""
+    return copy.deepcopy({"training": run.state_dict(), "buffer": buffer.state_dict()})
+
+
 def roll_back(run, buffer, healthy, error):
     """Take a run that left its healthy range back to the last of its healthy states and change what `remedied` says.
 
-    healthy: deque of make_checkpoint's results; the last is used up unless it is the only one, so that the next rollback
+    healthy: deque of snapshots; the last is used up unless it is the only one, so that the next rollback
     goes further back. error: what was found. Raises FloatingPointError, with a diagnosis, after --max-rollbacks.
     """
     found, rollbacks = f"iteration {run.step}: {error}", run.rollbacks + 1

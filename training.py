@@ -85,6 +85,7 @@ class Training:
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:
             self.load_state_dict(resumed["training"])
+        self.done = self.progress()
         self.began = self.drawn = self.saved = time.perf_counter()
         runs.write_config(
             folder, phase, args, device=str(device), precision=self.precision, model_config=self.model_config

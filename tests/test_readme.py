@@ -48,7 +48,9 @@ def test_a_command_of_the_readme_parses(command):
     assert vars(parse(command)[2])
 
 
-@pytest.mark.parametrize("command", [command for command in SCRIPTS if "mnist" not in command and "/" not in command.split()[1]])
+@pytest.mark.parametrize(
+    "command", [command for command in SCRIPTS if "mnist" not in command and "/" not in command.split()[1]]
+)
 def test_a_command_on_the_digits_runs(command, tiny_run, tmp_path, capsys):
     module, flags, args = parse(command)
     if hasattr(args, "checkpoint"):

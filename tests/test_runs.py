@@ -49,7 +49,11 @@ def test_the_last_two_checkpoints_stay_beside_the_new_one_and_a_damaged_one_name
     kept = [path, tmp_path / "jem.pt.1", tmp_path / "jem.pt.2"]
     assert sorted(tmp_path.iterdir()) == kept
     assert [torch.load(file, weights_only=True)["step"] for file in kept] == [3, 2, 1]
-    for damaged, named in ((path, r"copy the older .*jem\.pt\.1"), (kept[1], r"copy the older .*jem\.pt\.2"), (kept[2], "another")):
+    for damaged, named in (
+        (path, r"copy the older .*jem\.pt\.1"),
+        (kept[1], r"copy the older .*jem\.pt\.2"),
+        (kept[2], "another"),
+    ):
         content = damaged.read_bytes()[:100]
         damaged.unlink()
         damaged.write_bytes(content)
