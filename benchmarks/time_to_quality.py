@@ -110,19 +110,20 @@ def judge(path, dataset, part, network, sizes, sets):
     generator, most = torch.Generator().manual_seed(0), min(len(split.labels), len(checkpoint["buffer"]["labels"]))
     train = dataset.train.images[torch.randperm(len(dataset.train.labels), generator=generator)]
     reference = predict(network.features, split.images)
-    chains = {
-        "buffer": checkpoint["buffer"]["images"][torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)]
-    }
-    for kind, steps in (("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
-        chains[kind] = chain_quality.fresh_chains(checkpoint, model, min(sizes[kind], most), steps, generator)
-    for kind, images in chains.items():
+    chosen = torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)
+    for kind, steps in (("buffer", 0), ("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
         count = min(sizes[kind], most, len(train))
-        if count:
-            features = predict(network.features, images[:count])
-            floor = metrics.frechet_distance(predict(network.features, train[:count]), reference)
-            row[kind] = metrics.frechet_distance(features, reference) / floor
-            classes = network.head(features).argmax(1)
-            row[f"{kind} class entropy"] = metrics.class_histogram(classes, dataset.num_classes)["entropy"]
+        if not count:
+            continue
+        if kind == "buffer":
+            images = checkpoint["buffer"]["images"][chosen[:count]]
+        else:
+            images = chain_quality.fresh_chains(checkpoint, model, count, steps, generator)
+        features = predict(network.features, images)
+        floor = metrics.frechet_distance(predict(network.features, train[:count]), reference)
+        row[kind] = metrics.frechet_distance(features, reference) / floor
+        classes = network.head(features).argmax(1)
+        row[f"{kind} class entropy"] = metrics.class_histogram(classes, dataset.num_classes)["entropy"]
     inside = energy(logits)
     for label, name in sets.items():
         images, _ = data.load_ood(name, split.images, "", 10_000, torch.Generator().manual_seed(0))

@@ -28,21 +28,21 @@ from models import energy
 from sgld import UniformRestart, run_chains
 from train_jem import ReplayBuffer, energy_loss
 
-STEP_SIZE = 0.002
+STEP_SIZE = 4e-4
 SGLD = {"step_size": STEP_SIZE, "noise_std": (2 * STEP_SIZE) ** 0.5, "clamp": (-1, 1)}  # temperature 1: chains sample exp(-E)
 COLOURS = ("#0072B2", "#D55E00")  # Okabe and Ito's blue and vermilion, for the two classes
 
 
 def moons(count, seed):
     """Draw points (count, 2) float within [-1, 1] and labels (count,) int64."""
-    points, labels = make_moons(count, noise=0.08, random_state=seed)
+    points, labels = make_moons(count, noise=0.12, random_state=seed)
     return torch.tensor((points - [0.5, 0.25]) / [1.9, 1.5], dtype=torch.float32), torch.tensor(labels)
 
 
 def train(points, labels, iterations, generator):
     """Train a network on log p(y|x) + log p(x) with Adam; returns it and its replay buffer."""
     model = nn.Sequential(nn.Linear(2, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
-    buffer = ReplayBuffer(2000, UniformRestart((2,), 2), reinit_prob=0.05, generator=generator)
+    buffer = ReplayBuffer(2000, UniformRestart((2,), 2), reinit_prob=0.02, generator=generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
@@ -75,18 +75,18 @@ def draw(model, points, labels, chains, path):
     side = int(len(grid) ** 0.5)
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for label, colour in enumerate(COLOURS):
-        axes[0].scatter(*points[labels == label].T, s=3, color=colour, label=f"class {label}")
+        axes[0].scatter(*points[labels == label].T.numpy(), s=3, color=colour, label=f"class {label}")
     axes[0].set_title("data")
     axes[0].legend(fontsize=8)
     picture = {"origin": "lower", "extent": (-1, 1, -1, 1)}
-    image = axes[1].imshow(log_p.view(side, side).T.exp(), **picture, cmap="cividis")
-    axes[1].scatter(*chains[:300].T, s=3, color="#D55E00", label="chains")
+    image = axes[1].imshow(log_p.view(side, side).T.exp().numpy(), **picture, cmap="cividis")
+    axes[1].scatter(*chains[:300].T.numpy(), s=3, color="#D55E00", label="chains")
     axes[1].set_title("density p(x) = exp(−E(x)) / Z")
     axes[1].legend(fontsize=8)
     figure.colorbar(image, ax=axes[1], label="per unit of area")
     with torch.no_grad():
         share = model(grid).softmax(1)[:, 1].view(side, side)
-    image = axes[2].imshow(share.T, **picture, cmap="cividis", vmin=0, vmax=1)
+    image = axes[2].imshow(share.T.numpy(), **picture, cmap="cividis", vmin=0, vmax=1)
     axes[2].set_title("p(class 1 | x)")
     figure.colorbar(image, ax=axes[2])
     for axis in axes:

@@ -36,7 +36,8 @@ def test_healthy_rows_raise_no_alarm_from_a_rough_start_on():
 
 @pytest.mark.parametrize(
     "change, says",
-    [({"energy_gap": 9.0}, "energy gap 9"), ({"energy_gap": -9.0}, "energy gap -9"), ({"energy_positive": 80.0}, "energy level"),
+    [({"energy_gap": 9.0}, "energy gap 9"), ({"energy_gap": -9.0}, "energy gap -9"),
+     ({"energy_positive": 80.0}, "energy level"),
      ({"accuracy": 0.4}, "accuracy 0.4 after 0.95"), ({"chain_saturated": 0.99}, "saturated chains 0.99")],
 )  # fmt: skip
 def test_each_way_out_of_the_healthy_range_is_an_alarm_when_it_lasts(change, says):
