@@ -182,6 +182,24 @@ def test_a_folder_of_images_of_unequal_sizes_is_read_and_resized(digits, tmp_pat
     assert images.shape == (4, 1, 8, 8) and (images <= -0.99).all() and "read as grey" in words and "resized" in words
 
 
+@pytest.mark.parametrize("name, folder, stem", [
+    ("fashion-mnist", "FashionMNIST", "t10k"), ("kmnist", "KMNIST", "t10k"), ("emnist-letters", "EMNIST", "emnist-letters-test"),
+])  # fmt: skip
+def test_torchvisions_sets_are_read_from_their_files_the_right_way_up(name, folder, stem, digits, tmp_path):
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    picture = np.zeros((28, 28), np.uint8)
+    picture[:7] = 255  # a bar at the top
+    stored = picture.T if folder == "EMNIST" else picture
+    for part in (stem, "train"):  # MNIST's kin want all four files
+        images, labels = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+        images.write_bytes(np.array([2051, 3, 28, 28], ">i4").tobytes() + np.stack([stored] * 3).tobytes())
+        labels.write_bytes(np.array([2049, 3], ">i4").tobytes() + bytes([1, 2, 3]))
+    images, words = data.load_ood(name, digits.test.images, tmp_path, 2, torch.Generator().manual_seed(0))
+    assert images.shape == (2, 1, 8, 8) and "resized from 28x28" in words
+    assert (images[:, :, 0] > 0.9).all() and (images[:, :, 4:] < -0.9).all()
+
+
 def test_unusable_sets_are_refused_with_what_to_do(digits, tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
     np.save(tmp_path / "nan.npy", np.full((3, 8, 8), np.nan))
