@@ -213,9 +213,8 @@ def _torchvision_images(name, data_dir, download):
         raise UserError(f"{name} is not under {str(data_dir)!r}; --download fetches it where there is a network") from error
     if kind == "Omniglot":
         return [part[index][0] for index in range(len(part))]
-    if kind == "EMNIST":
-        return part.data.transpose(1, 2)  # its files hold columns where MNIST's hold rows
-    return part.data
+    images = np.asarray(part.data)
+    return images.transpose(0, 2, 1) if kind == "EMNIST" else images  # whose files hold columns where MNIST's hold rows
 
 
 def _array_file(path):

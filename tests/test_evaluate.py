@@ -183,7 +183,8 @@ def test_a_folder_of_images_of_unequal_sizes_is_read_and_resized(digits, tmp_pat
 
 
 @pytest.mark.parametrize("name, folder, stem", [
-    ("fashion-mnist", "FashionMNIST", "t10k"), ("kmnist", "KMNIST", "t10k"), ("emnist-letters", "EMNIST", "emnist-letters-test"),
+    ("fashion-mnist", "FashionMNIST", "t10k"), ("kmnist", "KMNIST", "t10k"),
+    ("emnist-letters", "EMNIST", "emnist-letters-test"),
 ])  # fmt: skip
 def test_torchvisions_sets_are_read_from_their_files_the_right_way_up(name, folder, stem, digits, tmp_path):
     raw = tmp_path / folder / "raw"
