@@ -31,8 +31,8 @@ def feature_network(dataset, folder, device):
     if checkpoint is None or not checkpoint["finished"]:
         place.mkdir(exist_ok=True)
         epochs = 3 if len(dataset.train.labels) > 10_000 else 15
-        flags = ["--dataset", dataset.name, "--width", "16", "--depth", str(dataset.shape[1].bit_length() - 1)]
-        flags += ["--stem-stride", "1"]
+        depth = str(dataset.shape[1].bit_length() - 1)
+        flags = ["--dataset", dataset.name, "--width", "16", "--depth", depth, "--stem-stride", "1"]
         flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
         args = cli.parse(train_classifier.build_parser(), flags)
         checkpoint = train_classifier.train(args, dataset, place, device, checkpoint)
@@ -60,6 +60,19 @@ def fresh_chains(checkpoint, model, count, steps, generator, callback=None):
     return extend(checkpoint, model, starts(checkpoint, count, generator)[0], steps, generator, callback=callback)
 
 
+def compare(network, features, reference, floor, num_classes):
+    """Compare the features (N, D) of images with a reference's: Frechet distance, its ratio to the floor, class histogram.
+
+    network: the classifier whose features they are. floor: distance of training images, or None for these to be it.
+    """
+    distance = metrics.frechet_distance(features, reference)
+    return {
+        "frechet_distance": distance,
+        "ratio_to_floor": distance / (floor or distance),
+        **metrics.class_histogram(network.head(features).argmax(1), num_classes),
+    }
+
+
 def samples(checkpoint, model, dataset, args, sizes, folder, device):
     """Judge the buffer's and fresh chains by the features of an independent classifier; draws nearest training images.
 
@@ -84,14 +97,9 @@ def samples(checkpoint, model, dataset, args, sizes, folder, device):
     few = min(count, 1000)
     for kind, images in kinds.items():
         features = predict(network.features, images)
-        distance = metrics.frechet_distance(features, reference)
-        floor = distance if floor is None else floor
-        found[kind] = {
-            "frechet_distance": distance,
-            "ratio_to_floor": distance / floor,
-            **metrics.precision_recall(reference, features),
-            **metrics.class_histogram(network.head(features).argmax(1), dataset.num_classes),
-        }
+        row = compare(network, features, reference, floor, dataset.num_classes)
+        floor = floor or row["frechet_distance"]
+        found[kind] = {**row, **metrics.precision_recall(reference, features)}
     everything = dataset.train.images.to(device)
     judged = {"buffer": kinds["buffer"], "fresh": kinds["fresh"], "test images": test.to(device)}
     nearest = {kind: [torch.tensor(column) for column in metrics.nearest(x[:few], everything)] for kind, x in judged.items()}
@@ -123,12 +131,8 @@ def long_chains(checkpoint, model, dataset, args, sizes, folder, device):
     x, done, found, pictures = starts(checkpoint, count, generator)[0], 0, {}, []
     for steps in [0, *(steps for steps in LONG_STEPS if steps <= sizes["longest"])]:
         x, done = extend(checkpoint, model, x, steps - done, generator), steps
-        features = predict(network.features, x)
-        distance = metrics.frechet_distance(features, reference)
-        classes = metrics.class_histogram(network.head(features).argmax(1), dataset.num_classes)
-        found[str(steps)] = {
-            "frechet_distance": distance, "ratio_to_floor": distance / floor, "entropy": classes["entropy"],
-        }  # fmt: skip
+        row = compare(network, predict(network.features, x), reference, floor, dataset.num_classes)
+        found[str(steps)] = {score: row[score] for score in ("frechet_distance", "ratio_to_floor", "entropy")}
         pictures.append(x[:16].cpu())
     plots.save_grid(torch.cat(pictures), folder / "long-chains.png", columns=len(pictures[0]))
     return {"chains": count, "floor": floor, "steps": found}

@@ -7,6 +7,8 @@ whatever step and noise are.
 
 from __future__ import annotations
 
+import copy
+import sys
 from argparse import Namespace
 
 ROWS = 3  # out of range in so many rows one after the other: divergence
@@ -78,3 +80,31 @@ def remedied(args, rollbacks):
     if rollbacks >= 3:
         changed["energy_reg"] = max(10 * args.energy_reg, 0.001)
     return Namespace(**changed)
+
+
+def snapshot(run, buffer):
+    """Return a copy of all that a training can be taken back to."""
+    return copy.deepcopy({"training": run.state_dict(), "buffer": buffer.state_dict()})
+
+
+def roll_back(run, buffer, healthy, error):
+    """Take a run that left its healthy range back to the last of its healthy states and change what `remedied` says.
+
+    healthy: deque of snapshots; the last is used up unless it is the only one, so that the next rollback
+    goes further back. error: what was found. Raises FloatingPointError, with a diagnosis, after --max-rollbacks.
+    """
+    found, rollbacks = f"iteration {run.step}: {error}", run.rollbacks + 1
+    if rollbacks > run.args.max_rollbacks:
+        raise FloatingPointError(
+            f"training diverged at {found}, after {run.rollbacks} rollbacks; lower --lr or raise --energy-reg or --steps"
+        ) from error
+    state = healthy.pop() if len(healthy) > 1 else healthy[0]
+    run.roll_back(copy.deepcopy(state["training"]), rollbacks)  # the optimiser changes what it is given in place
+    buffer.load_state_dict(state["buffer"])
+    buffer.restart_broken(run.generator)
+    now = run.settings
+    print(
+        f"training left its healthy range at {found}; back to iteration {run.step} with other noise, rollback {rollbacks} of "
+        f"{run.args.max_rollbacks}: lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip

@@ -95,6 +95,15 @@ def chain_settings(checkpoint):
     return {name: value for name, value in checkpoint["sgld"].items() if name != "steps"}
 
 
+@contextmanager
+def replacing(path):
+    """Yield a text file that takes the place of the one at path once it is whole."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", newline="") as file:
+        yield file
+    os.replace(temporary, path)
+
+
 class MetricsLog:
     """metrics.csv of a run: values are added every iteration and written as means, a row at a time.
 
@@ -109,12 +118,10 @@ class MetricsLog:
         if rows and list(rows[0]) != list(COLUMNS):
             raise UserError(f"{str(self.path)!r} is no metrics file of this project: name another folder with --out-dir")
         kept = [row for row in rows if row["phase"] != phase or (resumed_at is not None and int(row["step"]) <= resumed_at)]
-        temporary = Path(f"{self.path}.tmp")
-        with open(temporary, "w", newline="") as file:
+        with replacing(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(temporary, self.path)
 
     def add(self, seconds, **values):
         """Add one iteration: how long it took, and scalar tensors on any device."""
@@ -276,7 +283,7 @@ def load_checkpoint(path, kind, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for the many ways a file can be no checkpoint
-        intact = next((str(older) for older in _older(path) if _is_intact(older)), None)
+        intact = next((str(older) for older in _older(path) if _is_intact(older, kind)), None)
         advice = f"copy the older {intact!r} over it to go on from that" if intact else "name another file"
         raise UserError(f"{str(path)!r} is damaged or no checkpoint ({type(error).__name__}): {advice}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -288,12 +295,13 @@ def load_checkpoint(path, kind, device="cpu"):
     return state
 
 
-def _is_intact(path):
-    """Tell whether a checkpoint can be read."""
+def _is_intact(path, kind):
+    """Tell whether a checkpoint of a kind can be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True).get("format") == FORMAT
-    except Exception:  # as in load_checkpoint
+        load_checkpoint(path, kind)
+    except UserError:
         return False
+    return True
 
 
 def load_model(state, device):
@@ -347,9 +355,8 @@ def write_config(folder, phase, args, **resolved):
         "packages": package_versions(),
         "git_commit": git_commit(),
     }
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(config, indent=2) + "\n")
 
 
 def package_versions():

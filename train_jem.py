@@ -97,10 +97,6 @@ def parse_args(argv=None):
         parser.error("without --p-x-weight or --p-xy-weight there is no density to train: use train_classifier.py")
     if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
         parser.error("--pretrain-epochs has no use with --classifier or --from-scratch, which train no classifier")
-    if args.batch_size > args.buffer_size:
-        parser.error(
-            f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}: each iteration draws a batch of chains"
-        )
     long = round(args.long_share * args.batch_size)
     if long > args.long_chains or args.batch_size - long > args.buffer_size - args.long_chains:
         parser.error(
@@ -113,8 +109,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags answer here, before torch is loaded
 
-import copy
-import sys
 from argparse import Namespace
 from collections import deque
 from pathlib import Path
@@ -128,7 +122,7 @@ import runs
 import train_classifier
 from attacks import single_step
 from cli import UserError
-from guard import Guard
+from guard import Guard, roll_back, snapshot
 from models import energy, joint_energy
 from sgld import GaussianRestart, UniformRestart, run_chains
 from training import Training
@@ -240,13 +234,8 @@ def attacked(run, images, labels):
     if not run.args.adversarial_eps:
         return images
 
-    def logits_of(x):
-        with run.autocast():
-            return run.model(x).float()
-
-    return single_step(
-        logits_of, images, labels, "linf", run.args.adversarial_eps, generator=run.generator, module=run.model
-    )  # fmt: skip
+    settings = {"generator": run.generator, "module": run.model}
+    return single_step(run.logits, images, labels, "linf", run.args.adversarial_eps, **settings)
 
 
 def iterate(run, buffer, images, labels):
@@ -269,8 +258,7 @@ def iterate(run, buffer, images, labels):
     batch = [positives, chains]
     if args.clean_share < 1:
         batch.append(attacked(run, run.augmented(images), labels))
-    with run.autocast():
-        logits, chain_logits, *hard_logits = run.model(torch.cat(batch)).float().split(args.batch_size)
+    logits, chain_logits, *hard_logits = run.logits(torch.cat(batch)).split(args.batch_size)
     energy_positive, energy_negative = energy(logits), energy(chain_logits)
 
     cross = args.clean_share * cross_entropy(logits, labels)
@@ -334,45 +322,17 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             roll_back(run, buffer, healthy, error)
             continue
         if run.save_is_due():
-            checkpoint = {**make_checkpoint(run, buffer), "guard": guard.state_dict()}
+            checkpoint = make_checkpoint(run, buffer, guard)
             run.save(checkpoint)
         if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
             save_grids(run, buffer)
     if not (checkpoint and checkpoint["finished"]):  # the budget of minutes ended in a rollback
-        checkpoint = {**make_checkpoint(run, buffer), "guard": guard.state_dict()}
+        checkpoint = make_checkpoint(run, buffer, guard)
         run.save(checkpoint)
     return checkpoint
 
 
-def snapshot(run, buffer):
-    """Return a copy of all that a training can be taken back to."""
-    return copy.deepcopy({"training": run.state_dict(), "buffer": buffer.state_dict()})
-
-
-def roll_back(run, buffer, healthy, error):
-    """Take a run that left its healthy range back to the last of its healthy states and change what `remedied` says.
-
-    healthy: deque of snapshots; the last is used up unless it is the only one, so that the next rollback
-    goes further back. error: what was found. Raises FloatingPointError, with a diagnosis, after --max-rollbacks.
-    """
-    found, rollbacks = f"iteration {run.step}: {error}", run.rollbacks + 1
-    if rollbacks > run.args.max_rollbacks:
-        raise FloatingPointError(
-            f"training diverged at {found}, after {run.rollbacks} rollbacks; lower --lr or raise --energy-reg or --steps"
-        ) from error
-    state = healthy.pop() if len(healthy) > 1 else healthy[0]
-    run.roll_back(copy.deepcopy(state["training"]), rollbacks)  # the optimiser changes what it is given in place
-    buffer.load_state_dict(state["buffer"])
-    buffer.restart_broken(run.generator)
-    now = run.settings
-    print(
-        f"training left its healthy range at {found}; back to iteration {run.step} with other noise, rollback {rollbacks} of "
-        f"{run.args.max_rollbacks}: lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-
-
-def make_checkpoint(run, buffer):
+def make_checkpoint(run, buffer, guard):
     """Return all that sample.py, evaluate.py and a resumed run need: plain types, tensors and state dicts."""
     return {
         "model_config": run.model_config,
@@ -385,6 +345,7 @@ def make_checkpoint(run, buffer):
         "args": runs.plain_arguments(run.args),
         "finished": run.done >= 1,
         "training": run.state_dict(),
+        "guard": guard.state_dict(),
     }
 
 

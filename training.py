@@ -85,7 +85,6 @@ class Training:
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:
             self.load_state_dict(resumed["training"])
-        self.done = self.progress()
         self.began = self.drawn = self.saved = time.perf_counter()
         runs.write_config(
             folder, phase, args, device=str(device), precision=self.precision, model_config=self.model_config
@@ -94,11 +93,10 @@ class Training:
     def roll_back(self, state, rollbacks):
         """Return to a state of this run, with the clock where it is, other noise, and the rows after that state gone."""
         minutes_before = self.minutes_before
+        self.log = runs.MetricsLog(self.log.path, self.phase, resumed_at=state["step"])
         self.load_state_dict(state)
         self.minutes_before, self.rollbacks = minutes_before, rollbacks
         self.generator.manual_seed(self.args.seed + 1_000_000 * rollbacks)
-        self.log = runs.MetricsLog(self.log.path, self.phase, resumed_at=self.step)
-        self.log.load_state_dict(state["log"])
         self.done = self.progress()
 
     @property
@@ -181,6 +179,11 @@ class Training:
     def autocast(self):
         """Return the context in which the network is called."""
         return runs.autocast(self.device, self.precision)
+
+    def logits(self, x):
+        """Return the network's logits (N, K) float32 of x (N, C, H, W), in the arithmetic of the run."""
+        with self.autocast():
+            return self.model(x).float()
 
     def update(self, loss, **values):
         """Take one optimiser step down the loss, average the weights, and log scalar tensors under COLUMNS's names."""

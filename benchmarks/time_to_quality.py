@@ -119,11 +119,9 @@ def judge(path, dataset, part, network, sizes, sets):
             images = checkpoint["buffer"]["images"][chosen[:count]]
         else:
             images = chain_quality.fresh_chains(checkpoint, model, count, steps, generator)
-        features = predict(network.features, images)
         floor = metrics.frechet_distance(predict(network.features, train[:count]), reference)
-        row[kind] = metrics.frechet_distance(features, reference) / floor
-        classes = network.head(features).argmax(1)
-        row[f"{kind} class entropy"] = metrics.class_histogram(classes, dataset.num_classes)["entropy"]
+        found = chain_quality.compare(network, predict(network.features, images), reference, floor, dataset.num_classes)
+        row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]
     inside = energy(logits)
     for label, name in sets.items():
         images, _ = data.load_ood(name, split.images, "", 10_000, torch.Generator().manual_seed(0))
