@@ -37,6 +37,19 @@ def test_every_architecture_maps_images_to_logits(arch, channels, image_size):
     assert logits.shape == (2, 5) and torch.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("channels, height, width", [(1, 28, 28), (3, 32, 32), (1, 29, 27)])
+def test_the_halving_stem_is_a_strided_convolution_with_the_same_gradients(channels, height, width):
+    stem = models.HalvingStem(channels, 8)
+    plain = torch.nn.Conv2d(channels, 8, 5, stride=2, padding=2)
+    plain.load_state_dict(stem.state_dict())
+    x = torch.randn(4, channels, height, width, requires_grad=True)
+    found, wanted = (
+        (layer(x), *torch.autograd.grad(layer(x).square().sum(), [x, layer.weight, layer.bias])) for layer in (stem, plain)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_a_strided_stem_halves_the_map_like_a_stage():
     small = make("small-cnn", image_size=28, depth=2, stem_stride=2)
     assert small.head.in_features == make("small-cnn", image_size=28, depth=3, width=2).head.in_features == 4 * 4 * 9
