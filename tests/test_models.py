@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import ARCHITECTURES, build_model, energy, joint_energy, predict
+from models import ARCHITECTURES, HalvingStem, build_model, energy, joint_energy, predict
 
 SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": {"width": 1, "depth": 10}}
 
@@ -39,7 +39,7 @@ def test_every_architecture_maps_images_to_logits(arch, channels, image_size):
 
 @pytest.mark.parametrize("channels, height, width", [(1, 28, 28), (3, 32, 32), (1, 29, 27)])
 def test_the_halving_stem_is_a_strided_convolution_with_the_same_gradients(channels, height, width):
-    stem = models.HalvingStem(channels, 8)
+    stem = HalvingStem(channels, 8)
     plain = torch.nn.Conv2d(channels, 8, 5, stride=2, padding=2)
     plain.load_state_dict(stem.state_dict())
     x = torch.randn(4, channels, height, width, requires_grad=True)
