@@ -37,6 +37,7 @@ PRESETS = {
         "buffer_size": 10000, "reinit_prob": 0.02, "long_chains": 400, "long_share": 0.3,
     },
 }  # fmt: skip
+PRESETS["folder"] = PRESETS["mnist"]
 DATASETS = tuple(PRESETS)
 WIDE_RESNET_SHAPE = {"width": 2, "depth": 10, "stem_stride": 1}  # sized for a laptop; the paper's is --width 10 --depth 28
 
@@ -70,6 +71,15 @@ def exits_cleanly(main):
             place = f"{str(error.filename)!r}: " if error.filename else ""
             print(
                 f"error: {place}{error.strerror or error}; mend that and run it again; a training goes on with --resume",
+                file=sys.stderr,
+            )
+            raise SystemExit(2) from None
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|size calculation", reason):
+                raise
+            print(
+                f"error: not enough memory ({reason}): lower --batch-size, --width, --buffer-size or --chunk-size",
                 file=sys.stderr,
             )
             raise SystemExit(2) from None
@@ -139,13 +149,15 @@ def add_data_flags(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="digits", help="data set; it also chooses the preset of defaults")
     add_data_dir_flag(group)
+    group.add_argument("--image-size", type=positive_int, help="of --dataset folder: side in pixels that images are resized to")
 
 
 def add_data_dir_flag(group):
     """Add --data-dir to a group."""
     group.add_argument(
         "--data-dir", default=os.environ.get("SGLD_NRG_DATA", "data"),
-        help="folder that holds data sets or receives their download; SGLD_NRG_DATA sets the default",
+        help="folder that holds data sets or receives their download, with --dataset folder your folder of images for each "
+        "class; SGLD_NRG_DATA sets the default",
     )  # fmt: skip
 
 
@@ -221,6 +233,14 @@ def add_precision_flag(group):
     )  # fmt: skip
 
 
+def add_compile_flag(group):
+    """Add --compile to a group."""
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile the energy for the chains, on a GPU into CUDA graphs; takes a minute, and goes on without where it fails",
+    )  # fmt: skip
+
+
 def add_run_flags(parser):
     """Add the flags of a run and of its output; returns the group, for a script's own."""
     group = parser.add_argument_group("output")
@@ -265,6 +285,8 @@ def parse(parser, argv=None):
     absent = object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
     args.given = frozenset(name for name in names if getattr(marked, name) is not absent)
+    if getattr(args, "image_size", None) and args.dataset != "folder":
+        parser.error(f"--image-size has no use with --dataset {args.dataset}, whose images have one size")
     if args.dry_run and getattr(args, "resume", False):
         parser.error("--dry-run keeps no file, so there is nothing for --resume to continue")
     if args.out_dir is None:  # a script that reads a checkpoint writes beside it

@@ -6,12 +6,15 @@ A batch costs one index and no worker process. Pixels are float32 on [-1, 1] eve
 - digits: the 1,797 real 8x8 handwritten digits that scikit-learn bundles (the test part of UCI's "Optical Recognition
   of Handwritten Digits"); they have no official split, so 360 are held out for the test and 180 for validation.
 - mnist: 28x28, through torchvision; 5,000 of the 60,000 training images are held out for validation.
+- folder: your own, a folder of image files for each class, below train/ and test/ or by themselves; without test/ a sixth
+  of each class is held out for the test; a tenth of the rest is for validation.
 
 The splits are drawn once with a fixed seed, stratified by class: --seed does not move them, so that runs compare.
 """
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -88,13 +91,14 @@ def split_off(split, size):
     return Split(split.images[rest], split.labels[rest]), Split(split.images[held_out], split.labels[held_out])
 
 
-def load(name, data_dir):
+def load(name, data_dir, image_size=None):
     """Load a data set by its name.
 
-    name: "digits" or "mnist". data_dir: where files lie or are downloaded to (mnist: MNIST/raw below it).
+    name: "digits", "mnist" or "folder". data_dir: where files lie or are downloaded to (mnist: MNIST/raw below it; folder:
+    the folder itself). image_size: side in pixels that a folder's images are resized to; None: they must have one size.
     Raises UserError for an unknown name, for files that are damaged, and for a download that fails.
     """
-    loaders = {"digits": _load_digits, "mnist": _load_mnist}
+    loaders = {"digits": _load_digits, "mnist": _load_mnist, "folder": functools.partial(_load_folder, image_size=image_size)}
     if name not in loaders:
         raise UserError(f"unknown data set {name!r}; choose from {', '.join(loaders)}")
     return loaders[name](data_dir)
@@ -113,6 +117,71 @@ def _load_digits(data_dir):
 def _load_mnist(data_dir):
     train, val = split_off(_mnist_part(data_dir, train=True), 5000)
     return Dataset("mnist", 10, train, val, _mnist_part(data_dir, train=False))
+
+
+def _load_folder(data_dir, image_size):
+    root = Path(data_dir)
+    parts = [root / part for part in ("train", "test") if (root / part).is_dir()] if (root / "train").is_dir() else [root]
+    found = [_class_files(part) for part in parts]
+    classes = sorted(found[0])
+    if len(classes) < 2:
+        raise UserError(
+            f"{str(parts[0])!r} has {len(classes)} class folders with images: two at least, one folder for each class"
+        )
+    if strange := sorted(set(found[-1]) - set(classes)):
+        raise UserError(f"{str(parts[-1])!r} has classes that are not in train/: {', '.join(strange)}; rename or remove them")
+    modes = set()
+    pictures = [[_picture(path, modes) for name in classes for path in part.get(name, [])] for part in found]
+    labels = [torch.tensor([index for index, name in enumerate(classes) for _ in part.get(name, [])]) for part in found]
+    sizes = {picture.size for part in pictures for picture in part}
+    if image_size:
+        pictures = [
+            [picture.resize((image_size, image_size), Image.Resampling.BILINEAR) for picture in part] for part in pictures
+        ]
+    elif len(sizes) > 1 or any(width != height for width, height in sizes):
+        shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:4])
+        raise UserError(f"the images under {str(root)!r} are not of one square size ({shown}): give one with --image-size")
+    mode = "L" if modes <= {"1", "L", "LA"} else "RGB"
+    splits = []
+    for part, classes_of in zip(pictures, labels, strict=True):
+        pixels = torch.from_numpy(np.stack([np.asarray(picture.convert(mode)) for picture in part]))
+        pixels = pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2)
+        splits.append(Split(to_model(pixels.float() / 255), classes_of))
+    train, test = splits if len(splits) == 2 else _hold_out(splits[0], 6, root)
+    train, val = _hold_out(train, 10, root)
+    if train.labels.bincount(minlength=len(classes)).min() < 2:
+        raise UserError(f"a class under {str(root)!r} keeps fewer than two training images: add images, or remove the class")
+    return Dataset("folder", len(classes), train, val, test)
+
+
+def _class_files(folder):
+    """Return {class: [image files]} of a folder's subfolders, those without images left out."""
+    try:
+        below = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {str(folder)!r} ({error.strerror}): name your folder of images with --data-dir"
+        ) from error
+    files = {path.name: sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES) for path in below}
+    return {name: paths for name, paths in files.items() if paths}
+
+
+def _picture(path, modes):
+    """Read an image file whole, and add its mode to a set."""
+    try:
+        with Image.open(path) as picture:
+            modes.add(picture.mode)
+            return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as an image: remove or replace it") from error
+
+
+def _hold_out(split, share, root):
+    """Hold out one of `share` images of a folder's split. Raises UserError where classes are too small for it."""
+    try:
+        return split_off(split, max(len(split.labels) // share, len(split.labels.unique())))
+    except ValueError as error:
+        raise UserError(f"the classes under {str(root)!r} are too small to hold images out of each: add images") from error
 
 
 def _mnist_part(data_dir, train):
@@ -134,8 +203,8 @@ def _mnist_part(data_dir, train):
     except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:  # what its reader raises for broken files
         raise _damaged_mnist(data_dir) from error
     count = 60000 if train else 10000
-    in_range = part.targets.numel() and part.targets.min() >= 0 and part.targets.max() <= 9
-    if part.data.shape != (count, 28, 28) or part.targets.shape != (count,) or not in_range:
+    every_class = part.targets.unique().tolist() == list(range(10))
+    if part.data.shape != (count, 28, 28) or part.targets.shape != (count,) or not every_class:
         raise _damaged_mnist(data_dir)
     return Split(to_model(part.data.unsqueeze(1) / 255), part.targets)
 

@@ -95,7 +95,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = runs.pick_device(args.device)
     checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
-    dataset = data.load(checkpoint["dataset"], args.data_dir)
+    dataset = data.load(checkpoint["dataset"], args.data_dir, checkpoint["model_config"]["image_size"])
     sizes = {**(DRY_RUN if args.dry_run else QUICK if args.quick else FULL), "bins": args.bins}
     if args.longest_chain:
         sizes["longest"] = args.longest_chain

@@ -231,6 +231,65 @@ def save_quality(curves, names, path):
     _finish(figure, path)
 
 
+def save_speed(rows, path):
+    """Draw image-steps per second of each method: a column for each network, against the batch above and K below.
+
+    rows: what benchmarks/sgld_speed.py measures; the held one of batch and K is the middle of those measured.
+    """
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = _panels(2, len(networks), 3.6, 2.7)
+    for line, (axis_name, held) in enumerate((("batch", "steps"), ("steps", "batch"))):
+        values = sorted({row[held] for row in rows})
+        fixed = values[(len(values) - 1) // 2]
+        for axis, network in zip(axes[line], networks, strict=True):
+            for index, name in enumerate(names):
+                points = [
+                    (row[axis_name], row["image_steps_per_second"])
+                    for row in rows
+                    if (row["network"], row["method"], row[held]) == (network, name, fixed)
+                ]
+                axis.plot(*zip(*points, strict=True), marker=".", color=SERIES_COLOURS[index], label=name, linewidth=1.2)
+            words = {"batch": "batch", "steps": "K"}
+            axis.set(title=f"{network}, {words[held]} {fixed}", xlabel=words[axis_name], xscale="log", yscale="log")
+            axis.grid(alpha=0.3, which="both")
+        axes[line, 0].set_ylabel("image-steps per second")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(names))
+    _finish(figure, path)
+
+
+def save_costs(costs, path):
+    """Draw how the time of an iteration grows with K, batch and image side, and sample.py's memory with the images."""
+    figure, axes = _panels(1, 4, 3.0, 2.6)
+    labels = {"steps": "Langevin steps K", "batch": "batch", "size": "side of an image [pixels]"}
+    for axis, (name, points) in zip(axes[0], costs["iteration"].items(), strict=False):
+        axis.plot(*zip(*points, strict=True), marker="o", color=CHAIN_COLOUR)
+        axis.set(xlabel=labels[name], ylabel="ms an iteration", ylim=(0, None))
+    axes[0, 3].plot(*zip(*costs["memory"], strict=True), marker="o", color=DATA_COLOUR)
+    axes[0, 3].set(xlabel="images drawn by sample.py", ylabel="largest memory [MiB]", xscale="log", ylim=(0, None))
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    _finish(figure, path)
+
+
+def save_soak(memory, rows, path):
+    """Draw a long run: memory of training and sampling against minutes, and the training's energy gap and accuracy.
+
+    memory: {"training" or "sampling": [[minutes, MiB]]}. rows: of the training in metrics.csv, dicts of str.
+    """
+    figure, axes = _panels(1, 4, 3.2, 2.6)
+    for axis, (name, readings) in zip(axes[0], memory.items(), strict=False):
+        axis.plot(*zip(*readings, strict=True), color=DATA_COLOUR, linewidth=1.2)
+        axis.set(title=f"{name}: memory", xlabel="minutes", ylabel="MiB", ylim=(0, None))
+    for axis, name, label in ((axes[0, 2], "energy_gap", "energy gap"), (axes[0, 3], "val_accuracy", "validation accuracy")):
+        points = [(float(row["minutes"]), float(row[name])) for row in rows if row[name]]
+        axis.plot(*zip(*points, strict=True), color=CHAIN_COLOUR, linewidth=1.2)
+        axis.set(title=label, xlabel="minutes")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    _finish(figure, path)
+
+
 def _panels(rows, columns, width, height):
     """Return a figure and its axes (rows, columns), each panel width x height inches."""
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ from models import build_model, energy, joint_energy
 
 FORMAT = "sgld-nrg 1"
 FRESH_STEPS = 100  # of a fresh chain unless told otherwise: on the validation splits chains are best near it
+# What a checkpoint of each kind must hold to be of use.
+NEEDED = {"classifier": ("model_config", "model", "dataset", "finished")}
+NEEDED["jem"] = (*NEEDED["classifier"], "sgld", "restart", "buffer", "conditional")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
 
 # Columns of metrics.csv. Each value but the first five is the mean over the iterations since the row before.
@@ -88,6 +92,30 @@ def chain_energy(model, device, precision):
         return energy(logits) if labels is None else joint_energy(logits, labels)
 
     return energy_of
+
+
+class Compiled:
+    """An energy run through torch.compile, on CUDA as CUDA graphs; where that fails, the plain energy, and a line says so.
+
+    energy_of: as sgld.run_chains wants it. Compiling takes about a minute; a new batch size compiles again.
+    """
+
+    def __init__(self, energy_of, device):
+        self.plain = energy_of
+        self.fast = torch.compile(energy_of, mode="reduce-overhead" if device.type == "cuda" else "default")
+        self.tried = False
+
+    def __call__(self, x, labels=None):
+        """Return E(x), or E(x, y) where labels are given: (N,) float32."""
+        if not self.tried:
+            self.tried, probe = True, x.detach().requires_grad_()
+            try:
+                torch.autograd.grad(self.fast(probe, labels).sum(), probe)
+            except Exception as error:  # no C++ compiler, no Triton, an operation that it does not know: each raises its own
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"--compile: cannot compile here ({reason}); going on without", file=sys.stderr, flush=True)
+                self.fast = self.plain
+        return self.fast(x, labels)
 
 
 def chain_settings(checkpoint):
@@ -286,12 +314,14 @@ def load_checkpoint(path, kind, device="cpu"):
         intact = next((str(older) for older in _older(path) if _is_intact(older, kind)), None)
         advice = f"copy the older {intact!r} over it to go on from that" if intact else "name another file"
         raise UserError(f"{str(path)!r} is damaged or no checkpoint ({type(error).__name__}): {advice}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("kind") not in NEEDED:
         raise UserError(f"{str(path)!r} is no checkpoint of this project: name one that train_{kind}.py wrote")
     if state["kind"] != kind:
         raise UserError(
             f"{str(path)!r} holds a {state['kind']}, where a {kind} is needed: make one with python train_{kind}.py"
         )
+    if missing := [name for name in NEEDED[kind] if name not in state]:
+        raise UserError(f"{str(path)!r} lacks {', '.join(missing)}: it is no whole checkpoint, name another")
     return state
 
 

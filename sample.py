@@ -40,6 +40,7 @@ def build_parser():
         type=cli.non_negative,
         help="standard deviation of the noise of a step, pixels on [-1, 1]; without it the training's",
     )
+    cli.add_compile_flag(group)
     group.add_argument("--chunk-size", type=cli.positive_int, default=250, help="chains that run at once: it bounds the memory")
     group = cli.add_run_flags(parser)
     group.add_argument(
@@ -94,6 +95,8 @@ def chain_blocks(checkpoint, args, device):
     """
     model = runs.load_model(checkpoint, device)
     energy_of = runs.chain_energy(model, device, runs.pick_precision(args.precision, device))
+    if args.compile:
+        energy_of = runs.Compiled(energy_of, device)
     settings = runs.chain_settings(checkpoint)
     settings.update({name: getattr(args, name) for name in ("step_size", "noise_std") if name in args.given})
     restart = restart_from_state(checkpoint["restart"], device)

@@ -82,7 +82,7 @@ def main(argv=None):
     device = runs.pick_device(args.device)
     with runs.run_folder(args) as folder:
         resumed = runs.open_checkpoint(folder / "classifier.pt", args)
-        dataset = data.load(args.dataset, args.data_dir)
+        dataset = data.load(args.dataset, args.data_dir, args.image_size)
         print(cli.describe_settings(args), flush=True)
         checkpoint = train(args, dataset, folder, device, resumed, args.max_minutes)
         _, accuracy = evaluate(runs.load_model(checkpoint, device), dataset.test)

@@ -56,6 +56,7 @@ def build_parser():
     group.add_argument(
         "--clamp", type=cli.non_negative, default=1.0, help="clamp the chains' pixels to [-CLAMP, CLAMP]; 0: not"
     )
+    cli.add_compile_flag(group)
     group = parser.add_argument_group("replay buffer")
     group.add_argument("--buffer-size", type=cli.positive_int, help="persistent chains")
     group.add_argument("--reinit-prob", type=cli.fraction, help="probability that a drawn chain is restarted")
@@ -78,6 +79,9 @@ def build_parser():
         help="how often a training that diverges is taken back to a healthy state, with other noise, a lower lr, then more "
         "steps, then a stronger regulariser, before it is given up",
     )  # fmt: skip
+    group.add_argument(
+        "--no-guard", action="store_true", help="do not look for divergence: only what is not finite ends a training"
+    )
     group.add_argument("--log-every", type=cli.positive_int, default=50, help="iterations between two rows of metrics.csv")
     group.add_argument(
         "--grid-every", type=cli.positive_int, default=1, help="epochs between two sample grids after the first epoch"
@@ -97,6 +101,8 @@ def parse_args(argv=None):
         parser.error("without --p-x-weight or --p-xy-weight there is no density to train: use train_classifier.py")
     if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
         parser.error("--pretrain-epochs has no use with --classifier or --from-scratch, which train no classifier")
+    if args.no_guard:
+        args.max_rollbacks = 0
     long = round(args.long_share * args.batch_size)
     if long > args.long_chains or args.batch_size - long > args.buffer_size - args.long_chains:
         parser.error(
@@ -247,7 +253,7 @@ def iterate(run, buffer, images, labels):
 
     slots, starts, chain_labels = buffer.draw(args.batch_size, generator)
     chains = run_chains(
-        runs.chain_energy(run.model, run.device, run.precision), starts, args.steps, **sgld_settings(args),
+        run.energy_of, starts, args.steps, **sgld_settings(args),
         labels=chain_labels if conditional else None, module=run.model, generator=generator,
     )  # fmt: skip
     buffer.put(slots, chains, args.steps)
@@ -315,7 +321,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
                 row = run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
             elif run.step % args.log_every == 0:
                 row = run.write_row()
-            if row and guard.judge(row):
+            if row and not args.no_guard and guard.judge(row):
                 healthy.append(snapshot(run, buffer))
         except ArithmeticError as error:
             guard = Guard()
@@ -391,7 +397,7 @@ def main(argv=None):
     device = runs.pick_device(args.device)
     with runs.run_folder(args) as folder:
         resumed = runs.open_checkpoint(folder / "jem.pt", args)
-        dataset = data.load(args.dataset, args.data_dir)
+        dataset = data.load(args.dataset, args.data_dir, args.image_size)
         print(cli.describe_settings(args), flush=True)
         classifier = None if resumed else starting_weights(args, dataset, folder, device)
         checkpoint = train(args, dataset, folder, device, classifier, resumed)

@@ -56,8 +56,9 @@ class Training:
     from, or None. max_minutes: the wall-clock budget, counted from the script's start, or None.
 
     model: the network that is trained. averaged: the one whose weights are kept, an exponential moving average of the
-    trained one's, or that one itself where args.ema_decay is 0. generator: torch.Generator on the device, the source
-    of every random draw but the first weights and the order of the data.
+    trained one's, or that one itself where args.ema_decay is 0. energy_of: the trained network's energy, for chains.
+    generator: torch.Generator on the device, the source of every random draw but the first weights and the order of the
+    data.
     Raises UserError for flags that do not fit the data.
     """
 
@@ -73,6 +74,9 @@ class Training:
         self.model = build_model(**self.model_config).to(device)
         if weights is not None:
             self.model.load_state_dict(weights)
+        self.energy_of = runs.chain_energy(self.model, device, self.precision)
+        if getattr(args, "compile", False):
+            self.energy_of = runs.Compiled(self.energy_of, device)
         self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
         self.generator = torch.Generator(device).manual_seed(args.seed)

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cli  # noqa: E402
+import cli
 
 # Sizes of a measurement: buffer's and fresh chains, long chains and their steps; images, steps and restarts of the attacks.
 POINT = {"buffer": 2000, "fresh": 500, "long": 0, "longest": 0, "attacked": 200, "attack_steps": 10, "restarts": 1}
@@ -53,6 +53,8 @@ def parse_args(argv=None):
     parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set")
     parser.add_argument("--out-dir", default="results/quality", help="folder that receives everything the script writes")
     args = parser.parse_args(argv)
+    if args.kmnist and not os.path.isfile(args.kmnist):
+        parser.error(f"there is no file --kmnist {args.kmnist!r}")
     args.variant = [word.partition(":")[::2] for word in args.variant or ["preset:"]]
     return args
 
@@ -155,6 +157,7 @@ def markdown(args, found):
     return "\n".join(lines) + "\n"
 
 
+@cli.exits_cleanly
 def main(argv=None):
     """Run the script with a list of arguments, or with the command line's."""
     args = parse_args(argv)

@@ -9,7 +9,6 @@ can: the true log-likelihood of held-out points.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli
 from models import energy
 from sgld import UniformRestart, run_chains
 from train_jem import ReplayBuffer, energy_loss
@@ -97,15 +97,17 @@ def draw(model, points, labels, chains, path):
 
 def parse_args(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--iterations", type=int, default=2000, help="of the training, 20 Langevin steps each (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every random draw (default: 0)")
-    parser.add_argument("--out", default="two-moons.png", help="picture to write (default: two-moons.png)")
-    return parser.parse_args(argv)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--iterations", type=cli.positive_int, default=2000, help="of the training, 20 Langevin steps each")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of every random draw")
+    parser.add_argument("--out", default="two-moons.png", help="picture to write")
+    args = parser.parse_args(argv)
+    if not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"there is no folder for --out {args.out}: make it, or name another place")
+    return args
 
 
+@cli.exits_cleanly
 def main(argv=None):
     """Train, measure on held-out points, draw."""
     args = parse_args(argv)

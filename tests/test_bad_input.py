@@ -3,11 +3,14 @@
 import hashlib
 import importlib
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
+from PIL import Image
 
 import runs
 
@@ -49,7 +52,164 @@ CASES = [
     ("evaluate", ["--checkpoint", "{run}/jem.pt", "--classifier", "{run}/jem.pt"], "holds a jem"),
     ("evaluate", ["--checkpoint", "{run}/jem.pt", "--attacks", "none", "l2"], "--attacks"),
     ("evaluate", ["--checkpoint", "{run}/jem.pt", "--out-dir", "{empty}", "--ood", "no-such-set"], "--ood"),
+    # numbers that are zero, negative, huge or none
+    ("train_jem", ["--out-dir", "{empty}", "--lr", "-1"], "--lr"),
+    ("train_jem", ["--out-dir", "{empty}", "--batch-size", "0"], "--batch-size"),
+    ("train_jem", ["--out-dir", "{empty}", "--steps", "2.5"], "--steps"),
+    ("train_jem", ["--out-dir", "{empty}", "--noise-std", "nan"], "--noise-std"),
+    ("train_jem", ["--out-dir", "{empty}", "--step-size", "1e400"], "--step-size"),
+    ("train_jem", ["--out-dir", "{empty}", "--reinit-prob", "1.5"], "--reinit-prob"),
+    ("train_jem", ["--out-dir", "{empty}", "--seed", "4294967296"], "--seed"),
+    ("train_jem", ["--out-dir", "{empty}", "--from-scratch", "--buffer-size", "1000000000000"], "not enough memory"),
+    ("train_classifier", ["--out-dir", "{empty}", "--width", "10000000"], "not enough memory"),
+    ("train_classifier", ["--out-dir", "{empty}", "--augment", "-0.1"], "--augment"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--num", "0"], "--num"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--class-label", "-1"], "--class-label"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--chunk-size", "many"], "--chunk-size"),
+    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--device", "cuda:0"], "--device cpu"),
+    # flags that contradict each other or do not exist
+    ("train_jem", ["--out-dir", "{empty}", "--p-x-weight", "0"], "train_classifier.py"),
+    ("train_jem", ["--out-dir", "{empty}", "--p-x-weight", "1", "--p-xy-weight", "1"], "--p-xy-weight"),
+    ("train_jem", ["--out-dir", "{empty}", "--from-scratch", "--classifier", "a.pt"], "not allowed with"),
+    ("train_jem", ["--out-dir", "{empty}", "--image-size", "16"], "--image-size"),
+    ("train_jem", ["--out-dir", "{empty}", "--step-sizes", "1"], "did you mean --step-size?"),
+    ("time_to_quality", ["--kmnist", "{empty}/none.npz", "--out-dir", "{empty}"], "--kmnist"),
+    ("time_to_quality", ["--dataset", "mnust"], "--dataset"),
+    ("sgld_speed", ["--checkpoint", "{empty}/none.pt", "--out-dir", "{empty}"], "--checkpoint"),
+    ("sgld_speed", ["--batches", "-64"], "--batches"),
+    ("two_moons", ["--out", "{empty}/none/moons.png"], "--out"),
+    # checkpoints that are not what they seem
+    ("train_jem", ["--out-dir", "{empty}", "--classifier", "{bad}/pickle.pt"], "damaged or no checkpoint"),
+    ("sample", ["--checkpoint", "{bad}/pickle.pt"], "damaged or no checkpoint"),
+    ("sample", ["--checkpoint", "{bad}/truncated.pt"], "damaged or no checkpoint"),
+    ("sample", ["--checkpoint", "{bad}/empty file.pt"], "damaged or no checkpoint"),
+    ("sample", ["--checkpoint", "{bad}/incomplete.pt"], "lacks"),
+    ("evaluate", ["--checkpoint", "{bad}/foreign.pt"], "no checkpoint of this project"),
+    ("evaluate", ["--checkpoint", "{bad}/other weights.pt", "--out-dir", "{empty}"], "do not fit"),
+    ("train_classifier", ["--out-dir", "{bad}/broken run", "--resume"], "damaged or no checkpoint"),
+    # images that are none
+    *[
+        (
+            "evaluate",
+            ["--checkpoint", "{run}/jem.pt", "--out-dir", "{empty}", "--attacks", "none", "--ood", f"{{bad}}/{name}"],
+            says,
+        )
+        for name, says in (
+            ("nan.npz", "finite"),
+            ("no images.npz", "finite"),
+            ("objects.npy", "no .npz or .npy"),
+            ("flat.npy", "shape"),
+            ("half an archive.npz", "no .npz or .npy"),
+            ("text.npz", "no .npz or .npy"),
+            ("bright.npy", "pixels from"),
+            ("no pictures", "no image files"),
+            ("broken picture", "cannot be read"),
+        )
+    ],
+    # data to train on
+    *[
+        (script, ["--dataset", "folder", "--data-dir", f"{{bad}}/{name}", "--out-dir", "{empty}"], says)
+        for script in ("train_classifier", "train_jem")
+        for name, says in (
+            ("nowhere", "--data-dir"),
+            ("no pictures", "0 class folders"),
+            ("one class", "1 class folders"),
+            ("unequal sizes", "--image-size"),
+            ("broken class", "cannot be read"),
+            ("strange test", "not in train"),
+            ("one picture each", "add images"),
+        )
+    ],
+    *[
+        ("train_jem", ["--dataset", "mnist", "--data-dir", f"{{bad}}/mnist {name}", "--out-dir", "{empty}"], "damaged")
+        for name in ("labels out of range", "one class", "cut short", "unequal numbers")
+    ],
+    # two at once
+    ("train_jem", ["--out-dir", "{locked}"], "another training"),
+    ("train_classifier", ["--out-dir", "{locked}"], "another training"),
 ]
+
+
+class Bomb:
+    """Unpickling one makes a file in the current folder."""
+
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def write_mnist(folder, labels, count=60_000, pixels=b""):
+    """Write MNIST's four files with the given training labels, blank images and a test part in order."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    blank = pixels or bytes(784) * count
+    for part, images, classes in (("train", blank, labels), ("t10k", bytes(784) * 10_000, bytes(range(10)) * 1000)):
+        size = count if part == "train" else 10_000
+        header = np.array([2051, size, 28, 28], ">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([2049, len(classes)], ">i4").tobytes() + classes)
+
+
+def write_pictures(folder, count, side=8):
+    """Write PNGs of noise into a folder."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def bad(tiny_run, tmp_path_factory):
+    """A folder, with a blank and letters beyond ASCII in its name, of files that lie about what they are."""
+    bad = tmp_path_factory.mktemp("hostile") / "böse Dateien 数"
+    bad.mkdir()
+    whole = (tiny_run / "jem.pt").read_bytes()
+    state = torch.load(tiny_run / "jem.pt", weights_only=True)
+    (bad / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (bad / "empty file.pt").write_bytes(b"")
+    (bad / "pickle.pt").write_bytes(pickle.dumps({"format": runs.FORMAT, "kind": "jem", "model": Bomb()}))
+    torch.save({"state_dict": {}}, bad / "foreign.pt")
+    torch.save({"format": runs.FORMAT, "kind": "jem", "model": {}}, bad / "incomplete.pt")
+    torch.save({**state, "model_config": {**state["model_config"], "width": 9}}, bad / "other weights.pt")
+    (bad / "broken run").mkdir()
+    (bad / "broken run" / "classifier.pt").write_bytes(whole[:1000])
+    np.savez(bad / "nan.npz", images=np.full((3, 8, 8), np.nan))
+    np.savez(bad / "no images.npz", images=np.zeros((0, 8, 8)))
+    np.save(bad / "objects.npy", np.array([Bomb(), Bomb()]), allow_pickle=True)
+    np.save(bad / "flat.npy", np.zeros((3, 4)))
+    np.save(bad / "bright.npy", np.full((3, 8, 8), 300.0))
+    np.savez(bad / "whole.npz", images=np.zeros((50, 8, 8)))
+    (bad / "half an archive.npz").write_bytes((bad / "whole.npz").read_bytes()[:2000])
+    (bad / "text.npz").write_text("no archive")
+    for name in ("no pictures/a", "no pictures/b", "broken picture"):
+        (bad / name).mkdir(parents=True)
+    (bad / "broken picture" / "a.png").write_bytes(b"no image")
+    write_pictures(bad / "one class" / "a", 30)
+    write_pictures(bad / "unequal sizes" / "a", 30)
+    write_pictures(bad / "unequal sizes" / "b", 30, side=9)
+    for label in "ab":
+        write_pictures(bad / "broken class" / label, 30)
+        write_pictures(bad / "strange test" / "train" / label, 30)
+        write_pictures(bad / "one picture each" / label, 1)
+    (bad / "broken class" / "b" / "7.png").write_bytes(b"no image")
+    write_pictures(bad / "strange test" / "test" / "c", 3)
+    everything = bytes(range(10)) * 6000
+    write_mnist(bad / "mnist labels out of range", bytes([12]) + everything[1:])
+    write_mnist(bad / "mnist one class", bytes(60_000))
+    write_mnist(bad / "mnist cut short", everything, pixels=bytes(784 * 500))
+    write_mnist(bad / "mnist unequal numbers", everything[:100])
+    return bad
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """A folder that another training has to itself."""
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "in use"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield folder
+    os.close(descriptor)
 
 
 def fingerprint(folder):
@@ -57,24 +217,29 @@ def fingerprint(folder):
 
 
 @pytest.mark.parametrize("script, flags, says", CASES, ids=[f"{script} {' '.join(flags)}" for script, flags, _ in CASES])
-def test_a_mistake_gets_one_sentence_and_loses_nothing(script, flags, says, tiny_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # what it warns of is the test
+def test_a_mistake_gets_one_sentence_and_loses_nothing(
+    script, flags, says, tiny_run, bad, locked, tmp_path, monkeypatch, capsys
+):
     def no_network(*_, **__):
         raise OSError("no network in tests")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    before = fingerprint(tiny_run)
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    before = fingerprint(tiny_run), fingerprint(bad)
     empty = tmp_path / "ein leerer Ordner"
     empty.mkdir()
-    flags = [flag.format(run=tiny_run, empty=empty) for flag in flags]
-    own = TINY if script == "train_jem" and not {"mnist", "--resume"} & set(flags) else []
+    flags = [flag.format(run=tiny_run, empty=empty, bad=bad, locked=locked) for flag in flags]
+    own = TINY if script == "train_jem" and not {"mnist", "folder", "--resume"} & set(flags) else []
     with pytest.raises(SystemExit) as caught:
         importlib.import_module(script).main([*own, *flags])
     message = capsys.readouterr().err
     assert caught.value.code == 2
     assert message.startswith("error: ") and message.count("\n") == 1 and says in message
-    assert fingerprint(tiny_run) == before
+    assert (fingerprint(tiny_run), fingerprint(bad)) == before and not (tmp_path / "exploded").exists()
     assert not [path for path in empty.rglob("*") if path.suffix in (".pt", ".npz", ".tmp")]
 
 

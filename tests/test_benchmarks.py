@@ -6,7 +6,12 @@ import runpy
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, TINY
+
+from models import build_model
+from runs import chain_energy
+from sgld import run_chains
 
 
 @pytest.fixture
@@ -38,7 +43,47 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("script", ["benchmarks/time_to_quality.py", "examples/two_moons.py"])
+@pytest.fixture
+def sgld_speed(monkeypatch):
+    """The benchmark's names, as if imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield __import__("sgld_speed")
+    sys.modules.pop("sgld_speed")
+
+
+def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(tmp_path, sgld_speed, monkeypatch):
+    monkeypatch.setattr(sgld_speed, "MATRIX", 64)
+    flags = ["--networks", "small-cnn", "--batches", "2", "4", "--steps", "1", "3", "--rounds", "1"]
+    sgld_speed.main([*flags, "--out-dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert {(row["batch"], row["steps"]) for row in rows} == {(2, 1), (2, 3), (4, 1), (4, 3)}
+    assert {"ours", "ours, float32", "the paper's"} <= {row["method"] for row in rows}
+    for row in rows:
+        milliseconds = 1000 * row["batch"] / row["image_steps_per_second"]
+        assert row["milliseconds_per_step"] == pytest.approx(milliseconds) and row["share_of_limit"] > 0
+        assert row["method"] != "the paper's" or row["times_the_papers"] == 1
+    assert "times the paper's" in (tmp_path / "speed.md").read_text() and (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_the_papers_step_is_ours_at_its_settings(sgld_speed):
+    torch.manual_seed(0)
+    model = build_model("small-cnn", 10, 1, 28, width=4, depth=2, stem_stride=2)
+    x = torch.rand(3, 1, 28, 28)
+    torch.manual_seed(1)
+    theirs = sgld_speed.paper_chains(model, x, 4)
+    torch.manual_seed(1)
+    ours = run_chains(chain_energy(model, torch.device("cpu"), "float32"), x, 4, step_size=1.0, noise_std=0.01, module=model)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_an_iterations_cost_grows_with_its_steps(sgld_speed):
+    few, many = (sgld_speed.iteration_cost(torch.device("cpu"), steps, 64, 16) for steps in (1, 40))
+    assert 0 < few < many
+
+
+@pytest.mark.parametrize(
+    "script", ["benchmarks/time_to_quality.py", "benchmarks/sgld_speed.py", "benchmarks/soak.py", "examples/two_moons.py"]
+)
 def test_importing_a_script_runs_nothing(script):
     assert "main" in runpy.run_path(str(ROOT / script), run_name="imported")
 

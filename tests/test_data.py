@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 from cli import DATASETS, UserError
@@ -96,3 +97,61 @@ def test_truncated_mnist_files_are_named_as_damaged(tmp_path, no_network, name, 
     with pytest.raises(UserError, match="damaged"):
         data.load("mnist", tmp_path)
     shutil.rmtree(tmp_path)
+
+
+def write_folder(root, sizes, mode="L", side=8):
+    """Write sizes[name] pictures for each class; those of class number n are all of grey n + 1."""
+    for label, (name, count) in enumerate(sizes.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            picture = Image.new("L", (side, side), label + 1).convert(mode)
+            picture.save(root / name / f"{number}.png")
+
+
+def test_a_folder_for_each_class_is_a_data_set(tmp_path):
+    write_folder(tmp_path / "mine", {"ant": 30, "bee": 60, "çapybara": 90})
+    dataset = data.load("folder", tmp_path / "mine")
+    assert dataset.num_classes == 3 and dataset.shape == (1, 8, 8)
+    assert [len(split.labels) for split in dataset[2:]] == [135, 15, 30]
+    for split in dataset[2:]:
+        greys = (data.to_unit(split.images[:, 0, 0, 0]) * 255).round().long()
+        assert torch.equal(greys - 1, split.labels)
+        shares = 6 * split.labels.bincount() / len(split.labels)
+        assert (shares - torch.tensor([1, 2, 3])).abs().max() < 0.3
+    again = data.load("folder", tmp_path / "mine")
+    assert torch.equal(dataset.test.labels, again.test.labels)
+
+
+def test_a_folder_with_train_and_test_keeps_them_apart_and_colour_stays(tmp_path):
+    write_folder(tmp_path / "train", {"a": 40, "b": 40}, mode="RGB")
+    write_folder(tmp_path / "test", {"a": 3, "b": 5}, mode="RGB")
+    dataset = data.load("folder", tmp_path)
+    assert dataset.shape == (3, 8, 8) and dataset.test.labels.tolist() == [0] * 3 + [1] * 5
+    assert [len(split.labels) for split in dataset[2:]] == [72, 8, 8]
+
+
+def test_a_folder_of_unequal_images_is_resized_on_request(tmp_path):
+    write_folder(tmp_path / "a", {"x": 20}, side=9)
+    write_folder(tmp_path / "b", {"x": 20}, side=12)
+    for label in "ab":
+        for path in (tmp_path / label / "x").iterdir():
+            path.rename(tmp_path / label / path.name)
+        (tmp_path / label / "x").rmdir()
+    with pytest.raises(UserError, match="--image-size"):
+        data.load("folder", tmp_path)
+    assert data.load("folder", tmp_path, 10).shape == (1, 10, 10)
+
+
+def test_a_folder_trains_samples_and_is_evaluated(tmp_path):
+    import evaluate
+    import sample
+    import train_jem
+
+    write_folder(tmp_path / "mine", {"a": 60, "b": 60, "c": 60}, mode="RGB", side=12)
+    flags = ["--width", "4", "--depth", "1", "--batch-size", "16", "--buffer-size", "100", "--long-chains", "20"]
+    folder = ["--dataset", "folder", "--data-dir", str(tmp_path / "mine"), "--image-size", "8"]
+    train_jem.main([*folder, *flags, "--epochs", "1", "--out-dir", str(tmp_path / "run")])
+    sample.main(["--checkpoint", str(tmp_path / "run" / "jem.pt"), "--num", "4", "--class-label", "0", "2"])
+    checkpoint = ["--checkpoint", str(tmp_path / "run" / "jem.pt"), "--data-dir", str(tmp_path / "mine")]
+    evaluate.main([*checkpoint, "--dry-run"])
+    assert (tmp_path / "run" / "samples-fresh-class-0-2.png").exists()

@@ -11,6 +11,9 @@ import torch
 
 import runs
 from cli import UserError
+from sgld import run_chains
+
+WHOLE = dict.fromkeys(runs.NEEDED["jem"], 0)  # a checkpoint that has everything, if little of use
 
 
 class Bomb:
@@ -21,7 +24,8 @@ class Bomb:
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_plain_torch_load_accepts_it(tmp_path):
-    state = {"model": {"weight": torch.randn(2, 2)}, "args": {"lr": 0.1, "clamp": (-1, 1), "none": None}, "finished": True}
+    args = {"lr": 0.1, "clamp": (-1, 1), "none": None}
+    state = {**WHOLE, "model": {"weight": torch.randn(2, 2)}, "args": args, "finished": True}
     runs.save_checkpoint(tmp_path / "jem.pt", "jem", **state)
     for loaded in (runs.load_checkpoint(tmp_path / "jem.pt", "jem"), torch.load(tmp_path / "jem.pt", weights_only=True)):
         assert torch.equal(loaded["model"]["weight"], state["model"]["weight"]) and loaded["args"] == state["args"]
@@ -45,7 +49,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 def test_the_last_two_checkpoints_stay_beside_the_new_one_and_a_damaged_one_names_them(tmp_path):
     path = tmp_path / "jem.pt"
     for step in range(4):
-        runs.save_checkpoint(path, "jem", step=step)
+        runs.save_checkpoint(path, "jem", **WHOLE, step=step)
     kept = [path, tmp_path / "jem.pt.1", tmp_path / "jem.pt.2"]
     assert sorted(tmp_path.iterdir()) == kept
     assert [torch.load(file, weights_only=True)["step"] for file in kept] == [3, 2, 1]
@@ -75,7 +79,7 @@ def test_a_folder_belongs_to_one_training_at_a_time(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # what it warns of is the test
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "pickle", "foreign", "classifier"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "pickle", "foreign", "incomplete", "classifier"])
 def test_a_file_that_is_no_jem_is_refused_by_name_and_never_executed(tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "some file é.pt"
@@ -88,6 +92,8 @@ def test_a_file_that_is_no_jem_is_refused_by_name_and_never_executed(tmp_path, c
         path.write_bytes(pickle.dumps({"format": runs.FORMAT, "kind": "jem", "model": Bomb()}))
     elif content == "foreign":
         torch.save({"state_dict": {}}, path)
+    elif content == "incomplete":
+        runs.save_checkpoint(path, "jem", model={})
     else:
         runs.save_checkpoint(path, "classifier", model={})
     with pytest.raises(UserError, match=r"some file é\.pt"):
@@ -172,3 +178,37 @@ def test_chain_energy_is_float32_and_joint_where_labels_are_given():
     torch.testing.assert_close(energy_of(x), -model(x).logsumexp(1))
     torch.testing.assert_close(energy_of(x, labels), -model(x)[range(4), labels])
     assert runs.chain_energy(model, torch.device("cpu"), "bf16")(x).dtype == torch.float32
+
+
+def chain_of(energy_of, model):
+    start = 2 * torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)) - 1
+    settings = {"step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0, "clamp": (-1, 1)}
+    return run_chains(energy_of, start, 5, **settings, module=model, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_compiled_energy_gives_the_same_chain():
+    torch.manual_seed(0)
+    model, cpu = runs.build_model("small-cnn", 10, 1, 28, width=4, depth=2, stem_stride=2), torch.device("cpu")
+    plain = runs.chain_energy(model, cpu, "float32")
+    torch.testing.assert_close(chain_of(runs.Compiled(plain, cpu), model), chain_of(plain, model), rtol=0, atol=1e-5)
+
+
+def test_an_energy_that_cannot_be_compiled_goes_on_as_it_is(monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        def fails(*_):
+            raise RuntimeError("no C++ compiler\nand many lines more")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model, cpu = runs.build_model("small-cnn", 10, 1, 28, width=4, depth=2, stem_stride=2), torch.device("cpu")
+    plain = runs.chain_energy(model, cpu, "float32")
+    assert torch.equal(chain_of(runs.Compiled(plain, cpu), model), chain_of(plain, model))
+    assert capsys.readouterr().err == "--compile: cannot compile here (no C++ compiler); going on without\n"
+
+
+def test_bf16_chains_stay_beside_float32_ones():
+    torch.manual_seed(0)
+    model, cpu = runs.build_model("small-cnn", 10, 1, 28, width=8, depth=2, stem_stride=2), torch.device("cpu")
+    low, full = (chain_of(runs.chain_energy(model, cpu, precision), model) for precision in ("bf16", "float32"))
+    assert 0 < (low - full).abs().max() < 0.01  # pixels; a step's noise is 0.1
