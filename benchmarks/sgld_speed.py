@@ -2,21 +2,18 @@
 
     python benchmarks/sgld_speed.py --rounds 3 --batches 64 --steps 5
 
-For each network, batch and number of steps K every method runs in turn, round after round, and the median counts. It
-writes speed.json, speed.md and speed.png; with --costs also costs.png: how the time of an iteration grows with K, batch and
-image size, what sample.py needs in memory, and how long the start takes.
+For each network, batch and number of steps K every method runs in turn, round after round, and the median counts. With
+--candidates also what could make the step cheaper, one thing at a time. It writes speed.json, speed.md and speed.png.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -41,38 +38,29 @@ SGLD = {"step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_cli
 def parse_args(argv=None):
     """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
     parser = cli.Parser(__doc__)
-    cli.add_data_dir_flag(parser)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3], help="networks to time")
     parser.add_argument("--batches", type=cli.positive_int, nargs="+", default=[16, 64, 256, 1024], help="images at once")
     parser.add_argument("--steps", type=cli.positive_int, nargs="+", default=[1, 5, 20, 100], help="Langevin steps K of a run")
     parser.add_argument("--rounds", type=cli.positive_int, default=7, help="timings of each method, taken by turns")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--compile", action="store_true", help="also time our step compiled (on a GPU: as CUDA graphs)")
-    parser.add_argument("--costs", action="store_true", help="also measure what an iteration, sample.py and the start cost")
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="a jem.pt for the memory of sample.py; without it one is trained on the digits"
-    )
+    parser.add_argument("--candidates", action="store_true", help="also time what could make the step cheaper, part by part")
     parser.add_argument("--out-dir", default="results/speed", help="folder that receives everything the script writes")
-    args = parser.parse_args(argv)
-    if args.checkpoint and not os.path.isfile(args.checkpoint):
-        parser.error(f"there is no checkpoint {args.checkpoint!r}: name another with --checkpoint")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags answer here, before torch is loaded
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
 import plots
 import runs
-import train_jem
 from models import build_model, energy
-from sgld import UniformRestart, energy_and_gradient, frozen, run_chains
-from training import Training
+from sgld import energy_and_gradient, frozen, run_chains
 
 
 def paper_chains(model, x, steps):
@@ -107,6 +95,91 @@ def methods(model, device, args):
         "the paper's": lambda x, steps: paper_chains(model, x, steps),
         **other_library(model),
     }
+
+
+def loop(energy_and_slope, model, one_call=False, in_place=False):
+    """Return a callable (x, steps) of the bare chain: run_chains without its checks, for what varies inside the loop."""
+
+    def run(x, steps):
+        x = x.clone()
+        with frozen(model):
+            eps = torch.randn((steps, *x.shape), device=x.device) if one_call else None
+            for step in range(steps):
+                noise = eps[step] if one_call else torch.randn_like(x)
+                x = x.add_(noise, alpha=SGLD["noise_std"]) if in_place else x + SGLD["noise_std"] * noise
+                slope = energy_and_slope(x)[1]
+                clip = SGLD["pixel_grad_clip"]
+                slope = slope.clamp_(-clip, clip) if in_place else slope.clamp(-clip, clip)
+                x = x.sub_(slope, alpha=SGLD["step_size"]) if in_place else x - SGLD["step_size"] * slope
+                x = x.clamp_(*SGLD["clamp"]) if in_place else x.clamp(*SGLD["clamp"])
+        return x
+
+    return run
+
+
+def candidates(model, device):
+    """Return {name: callable (x, steps)} of what could make the step of the MNIST preset's network cheaper, or did."""
+    precision = runs.pick_precision("auto", device)
+    now = runs.chain_energy(model, device, precision)
+    plain = copy.deepcopy(model)
+    plain.features[0] = torch.nn.Conv2d(1, 32, 5, stride=2, padding=2)
+    plain.features[0].load_state_dict(model.features[0].state_dict())
+    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    cast = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
+
+    def cast_energy(x):
+        return energy(torch.func.functional_call(model, cast, x.bfloat16()).float())
+
+    def one_thread(x, steps):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return run_chains(now, x, steps, **SGLD, module=model)
+        finally:
+            torch.set_num_threads(threads)
+
+    def traced(x, steps):
+        if not hasattr(traced, "graph"):
+            with frozen(model):
+                traced.graph = make_fx(lambda x: energy_and_gradient(now, x))(x)
+        return loop(traced.graph, model)(x, steps)
+
+    def chains_of(energy_of, module):
+        return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=module)
+
+    return {
+        "as it is": chains_of(now, model),
+        "first layer as one strided 5x5 convolution": chains_of(runs.chain_energy(plain, device, precision), plain),
+        "float32": chains_of(runs.chain_energy(model, device, "float32"), model),
+        "weights not channels_last": chains_of(runs.chain_energy(contiguous, device, precision), contiguous),
+        "weights kept cast to bf16": chains_of(cast_energy, model),
+        "parameters wanting gradients": chains_of(now, None),
+        "without the checks for finite values": loop(lambda x: energy_and_gradient(now, x), model),
+        "the same, updates in place": loop(lambda x: energy_and_gradient(now, x), model, in_place=True),
+        "the same, all noise in one call": loop(lambda x: energy_and_gradient(now, x), model, one_call=True),
+        "the same, a traced graph without autograd": traced,
+        "one thread": one_thread,
+    }
+
+
+def time_candidates(args, device):
+    """Time the candidates by turns at the MNIST preset's batch and K; returns [{name, milliseconds_per_step, spread}]."""
+    torch.manual_seed(0)
+    model = build_model(num_classes=10, **NETWORKS["small-cnn"]).to(device)
+    x, steps = 2 * torch.rand(64, 1, 28, 28, device=device) - 1, 5
+    work = candidates(model, device)
+    taken = {name: [] for name in work}
+    for round_ in range(4 * args.rounds + 1):
+        for name, call in work.items():
+            elapsed = 1000 * seconds(lambda call=call: call(x, steps), device) / steps
+            if round_:  # the first warms up
+                taken[name].append(elapsed)
+    rows = []
+    for name, values in taken.items():
+        middle = statistics.median(values)
+        quarters = statistics.quantiles(values, n=4)
+        rows.append({"name": name, "milliseconds_per_step": middle, "spread": (quarters[2] - quarters[0]) / middle})
+    return rows
 
 
 def other_library(model):
@@ -181,83 +254,7 @@ def time_chains(name, batch, steps, args, device):
     return rows
 
 
-def iteration_costs(device):
-    """Return {axis: [[value, milliseconds]]}: an iteration of training against K, batch and image size, the rest held."""
-    base = {"steps": 5, "batch": 64, "size": 28}
-    axes = {"steps": [1, 5, 10, 20, 40], "batch": [16, 64, 256, 512], "size": [16, 28, 32, 48, 64]}
-    return {axis: [[value, iteration_cost(device, **{**base, axis: value})] for value in axes[axis]] for axis in axes}
-
-
-def iteration_cost(device, steps, batch, size):
-    """Return the milliseconds, median of 7, of an iteration of the MNIST preset's training on random images."""
-    flags = ["--dataset", "mnist", "--from-scratch", "--steps", str(steps), "--batch-size", str(batch)]
-    args = train_jem.parse_args([*flags, "--buffer-size", "2000"])
-    split = data.Split(2 * torch.rand(1024, 1, size, size) - 1, torch.arange(1024) % 10)
-    dataset = data.Dataset("mnist", 10, split, split, split)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Training(args, dataset, Path(folder), "jem", device)
-        long = {"long_chains": args.long_chains, "long_share": args.long_share}
-        restart = UniformRestart(dataset.shape, dataset.num_classes)
-        buffer = train_jem.ReplayBuffer(args.buffer_size, restart, args.reinit_prob, device, run.generator, **long)
-        images, labels = (tensor[:batch].to(device) for tensor in split)
-
-        def iteration():
-            train_jem.iterate(run, buffer, images, labels)
-
-        iteration()
-        return 1000 * statistics.median(seconds(iteration, device) for _ in range(7))
-
-
-def sampling_memory(checkpoint, folder):
-    """Return [[images, MiB]]: the largest memory of sample.py for more and more images of two steps each."""
-    found = []
-    for count in (100, 1000, 10_000, 100_000):
-        command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", checkpoint, "--num", str(count), "--steps", "2"]
-        target = ["--out-dir", str(folder), "--save-array", str(Path(folder) / "drawn.npz")]
-        process = subprocess.Popen([*command, *target], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise cli.UserError(f"sample.py failed on {checkpoint!r}: give a jem.pt with --checkpoint")
-        found.append([count, usage.ru_maxrss / 1024])
-    return found
-
-
-def starting_times(args, folder):
-    """Return the seconds of `train_jem.py --help`, and to the end of the first iteration of a training: medians of 5."""
-    script, shown, first = [sys.executable, str(ROOT / "train_jem.py")], [], []
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    dataset = "mnist" if Path(args.data_dir, "MNIST", "raw").is_dir() else "digits"
-    for number in range(5):
-        start = time.perf_counter()
-        subprocess.run([*script, "--help"], **quiet, check=True)
-        shown.append(time.perf_counter() - start)
-        target = Path(folder) / f"start-{number}"
-        flags = ["--dataset", dataset, "--data-dir", args.data_dir, "--from-scratch", "--log-every", "1"]
-        start = time.perf_counter()
-        training = subprocess.Popen([*script, *flags, "--out-dir", str(target)], **quiet)
-        while training.poll() is None and not ((log := target / "metrics.csv").exists() and log.read_text().count("\n") > 1):
-            time.sleep(0.01)
-        first.append(time.perf_counter() - start)
-        training.kill()
-        training.wait()
-    return {"help": statistics.median(shown), f"first iteration on {dataset}": statistics.median(first)}
-
-
-def measure_costs(args, device):
-    """Measure what an iteration, sample.py's memory and the start cost: a dict of plain types."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.checkpoint
-        if not checkpoint:
-            checkpoint = str(Path(folder) / "jem.pt")
-            train_jem.main(["--dataset", "digits", "--from-scratch", "--epochs", "1", "--out-dir", folder])
-        return {
-            "iteration": iteration_costs(device),
-            "memory": sampling_memory(checkpoint, folder),
-            "start": starting_times(args, folder),
-        }
-
-
-def markdown(args, rows, costs):
+def markdown(args, rows, parts):
     """Return the tables."""
     lines = [f"Made by `python benchmarks/sgld_speed.py {shlex.join(args.given)}`, {args.machine}.", ""]
     columns = ["network", "batch", "K", "method", "ms a step", "spread", "image-steps/s", "times the paper's", "of the limit"]
@@ -268,13 +265,17 @@ def markdown(args, rows, costs):
             f"{100 * row['spread']:.0f} % | {row['image_steps_per_second']:,.0f} | {row['times_the_papers']:.2f} | "
             f"{100 * row['share_of_limit']:.0f} % of {row['limit_gflops']:.0f} GFLOP/s |"
         )
-    if costs:
-        lines += ["", "Milliseconds of a training iteration (K 5, batch 64, 28x28 pixels, one of them varied):", ""]
-        for axis, values in costs["iteration"].items():
-            lines.append(f"- {axis}: " + ", ".join(f"{value}: {milliseconds:.0f}" for value, milliseconds in values))
-        memory = ", ".join(f"{count:,}: {mebibytes:.0f} MiB" for count, mebibytes in costs["memory"])
-        lines += [f"- largest memory of sample.py against images: {memory}"]
-        lines += [f"- seconds: {', '.join(f'{name} {value:.2f}' for name, value in costs['start'].items())}"]
+    if parts:
+        now = parts[0]["milliseconds_per_step"]
+        lines += [
+            "",
+            "The step of the MNIST preset (batch 64, K 5), changed in one thing each; spread is between quartiles:",
+            "",
+        ]
+        lines += ["| | ms a step | spread | times as long |", "| --- | --- | --- | --- |"]
+        for row in parts:
+            cost = row["milliseconds_per_step"]
+            lines.append(f"| {row['name']} | {cost:.2f} | {100 * row['spread']:.0f} % | {cost / now:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -291,13 +292,13 @@ def main(argv=None):
     rows = []
     for name, batch, steps in tqdm(wanted, disable=None):
         rows += time_chains(name, batch, steps, args, device)
-    costs = measure_costs(args, device) if args.costs else None
-    (folder / "speed.json").write_text(json.dumps({"machine": args.machine, "rows": rows, "costs": costs}, indent=1) + "\n")
-    (folder / "speed.md").write_text(markdown(args, rows, costs))
+    parts = time_candidates(args, device) if args.candidates else None
+    (folder / "speed.json").write_text(
+        json.dumps({"machine": args.machine, "rows": rows, "candidates": parts}, indent=1) + "\n"
+    )
+    (folder / "speed.md").write_text(markdown(args, rows, parts))
     plots.save_speed(rows, folder / "speed.png")
-    if costs:
-        plots.save_costs(costs, folder / "costs.png")
-    print(markdown(args, rows, costs))
+    print(markdown(args, rows, parts))
 
 
 if __name__ == "__main__":

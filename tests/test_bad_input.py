@@ -75,7 +75,7 @@ CASES = [
     ("train_jem", ["--out-dir", "{empty}", "--step-sizes", "1"], "did you mean --step-size?"),
     ("time_to_quality", ["--kmnist", "{empty}/none.npz", "--out-dir", "{empty}"], "--kmnist"),
     ("time_to_quality", ["--dataset", "mnust"], "--dataset"),
-    ("sgld_speed", ["--checkpoint", "{empty}/none.pt", "--out-dir", "{empty}"], "--checkpoint"),
+    ("costs", ["--checkpoint", "{empty}/none.pt", "--out-dir", "{empty}"], "--checkpoint"),
     ("sgld_speed", ["--batches", "-64"], "--batches"),
     ("two_moons", ["--out", "{empty}/none/moons.png"], "--out"),
     # checkpoints that are not what they seem

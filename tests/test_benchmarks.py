@@ -51,9 +51,17 @@ def sgld_speed(monkeypatch):
     sys.modules.pop("sgld_speed")
 
 
+@pytest.fixture
+def costs(monkeypatch):
+    """The benchmark's names, as if imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield __import__("costs")
+    sys.modules.pop("costs")
+
+
 def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(tmp_path, sgld_speed, monkeypatch):
     monkeypatch.setattr(sgld_speed, "MATRIX", 64)
-    flags = ["--networks", "small-cnn", "--batches", "2", "4", "--steps", "1", "3", "--rounds", "1"]
+    flags = ["--networks", "small-cnn", "--batches", "2", "4", "--steps", "1", "3", "--rounds", "1", "--candidates"]
     sgld_speed.main([*flags, "--out-dir", str(tmp_path)])
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert {(row["batch"], row["steps"]) for row in rows} == {(2, 1), (2, 3), (4, 1), (4, 3)}
@@ -62,6 +70,8 @@ def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(tmp_path, sg
         milliseconds = 1000 * row["batch"] / row["image_steps_per_second"]
         assert row["milliseconds_per_step"] == pytest.approx(milliseconds) and row["share_of_limit"] > 0
         assert row["method"] != "the paper's" or row["times_the_papers"] == 1
+    parts = json.loads((tmp_path / "speed.json").read_text())["candidates"]
+    assert parts[0]["name"] == "as it is" and all(row["milliseconds_per_step"] > 0 for row in parts)
     assert "times the paper's" in (tmp_path / "speed.md").read_text() and (tmp_path / "speed.png").stat().st_size > 1000
 
 
@@ -76,14 +86,40 @@ def test_the_papers_step_is_ours_at_its_settings(sgld_speed):
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_an_iterations_cost_grows_with_its_steps(sgld_speed):
-    few, many = (sgld_speed.iteration_cost(torch.device("cpu"), steps, 64, 16) for steps in (1, 40))
+def test_the_candidates_for_a_cheaper_step_give_the_same_chains(sgld_speed):
+    torch.manual_seed(0)
+    model, x = build_model(num_classes=10, **sgld_speed.NETWORKS["small-cnn"]), torch.rand(2, 1, 28, 28)
+    ends = {}
+    for name, call in sgld_speed.candidates(model, torch.device("cpu")).items():
+        torch.manual_seed(1)
+        ends[name] = call(x, 2)
+    for end in ends.values():
+        torch.testing.assert_close(end, ends["float32"], rtol=0, atol=0.02)  # bf16 beside it
+
+
+def test_an_iterations_cost_grows_with_its_steps(costs):
+    few, many = (costs.iteration_cost(torch.device("cpu"), steps, 64, 16) for steps in (1, 40))
     assert 0 < few < many
 
 
-@pytest.mark.parametrize(
-    "script", ["benchmarks/time_to_quality.py", "benchmarks/sgld_speed.py", "benchmarks/soak.py", "examples/two_moons.py"]
-)
+def test_what_costs_is_measured_written_and_drawn(tmp_path, costs, monkeypatch, tiny_run):
+    monkeypatch.setattr(costs, "COUNTS", (10, 20))
+    monkeypatch.setattr(costs, "AXES", {"steps": [1, 2], "batch": [4, 8], "size": [8, 12]})
+    monkeypatch.setattr(costs, "STARTS", 1)
+    costs.main(["--checkpoint", str(tiny_run / "jem.pt"), "--data-dir", str(tmp_path), "--out-dir", str(tmp_path)])
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert [count for count, _ in found["memory"]] == [10, 20] and all(50 < size < 4000 for _, size in found["memory"])
+    assert 0 < found["start"]["help"] < found["start"]["first iteration on digits"]
+    assert "batch: 4:" in (tmp_path / "costs.md").read_text() and (tmp_path / "costs.png").stat().st_size > 1000
+
+
+SCRIPTS = [
+    *("benchmarks/time_to_quality.py", "benchmarks/sgld_speed.py", "benchmarks/costs.py", "benchmarks/soak.py"),
+    "examples/two_moons.py",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_a_script_runs_nothing(script):
     assert "main" in runpy.run_path(str(ROOT / script), run_name="imported")
 
