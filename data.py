@@ -258,17 +258,35 @@ def load_ood(name, images, data_dir, limit, generator, download=False):
         return made[torch.randperm(len(made), generator=generator)[:limit]].contiguous(), "made from the test images' shape"
     if name in TORCHVISION:
         arrays = _torchvision_images(name, data_dir, download)
-    elif Path(name).is_dir():
-        arrays = [file for file in sorted(Path(name).rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
-        if not arrays:
-            raise UserError(f"the folder {name!r} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
-    elif Path(name).is_file():
-        arrays = _array_file(Path(name))
+    elif Path(name).exists():
+        arrays = _stored_images(Path(name))
     else:
         known = ", ".join([*GENERATED, *TORCHVISION])
         raise UserError(f"--ood {name!r} is neither a file, nor a folder, nor one of {known}")
     chosen = torch.randperm(len(arrays), generator=generator)[:limit].sort().values.tolist()
     return _fit_shape([arrays[index] for index in chosen], images.shape[1:], name)
+
+
+def load_images(path, shape, limit):
+    """Load the first images, `limit` at most, of an image file, a folder of them, or an .npz or .npy file.
+
+    shape: (C, H, W) that they are brought to. Returns (n, C, H, W) float, pixels in [-1, 1]. Raises UserError where the
+    path is not there or cannot be read.
+    """
+    if not Path(path).exists():
+        raise UserError(f"there is no {path!r}: name an image, a folder of images, or an .npz or .npy file of them")
+    arrays = _stored_images(Path(path))
+    return _fit_shape([arrays[index] for index in range(min(limit, len(arrays)))], shape, path)[0]
+
+
+def _stored_images(path):
+    """Return a path's images, unread as long as they are files of their own."""
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not files:
+            raise UserError(f"the folder {str(path)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+        return files
+    return [path] if path.suffix.lower() in IMAGE_SUFFIXES else _array_file(path)
 
 
 def _torchvision_images(name, data_dir, download):
@@ -296,7 +314,7 @@ def _array_file(path):
                 raise UserError(f"{str(path)!r} has the arrays {', '.join(loaded.files)}: call one of them 'images'")
             loaded = loaded[key]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{str(path)!r} is no .npz or .npy file of images ({error}): name another with --ood") from error
+        raise UserError(f"{str(path)!r} is no .npz or .npy file of images ({error}): name another") from error
     if loaded.ndim not in (3, 4) or not len(loaded) or loaded.dtype.kind not in "uif" or not np.isfinite(loaded).all():
         raise UserError(
             f"{str(path)!r} holds {loaded.dtype} of shape {loaded.shape}: images must be finite numbers of shape "

@@ -32,6 +32,23 @@ def joint_energy(logits, labels):
     return -logits.gather(1, labels[:, None]).squeeze(1)
 
 
+def mixture_energy(logits, weights):
+    """Return E(x, w) = -log sum_y w[y] exp f(x)[y], the energy of a mixture of the classes' densities.
+
+    logits, weights: (N, K) float, weights >= 0 and one at least above 0 in each row. Returns (N,) float.
+    """
+    return -(logits + weights.log()).logsumexp(1)
+
+
+def path_energy(logits, weights):
+    """Return E(x, w) = -sum_y w[y] f(x)[y]: between two classes it is the geometric path from one density to the other.
+
+    logits, weights: (N, K) float. Returns (N,) float. Source of such paths: Neal, "Annealed importance sampling"
+    (Statistics and Computing, 2001), equation 3.
+    """
+    return -(logits * weights).sum(1)
+
+
 class HalvingStem(nn.Conv2d):
     """A 5x5 convolution of stride 2 that is computed as a 3x3 one of stride 1 over the image's 2x2 blocks.
 

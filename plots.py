@@ -28,10 +28,22 @@ MODEL_COLOURS = {"jem": CHAIN_COLOUR, "classifier": DATA_COLOUR}
 
 def save_grid(images, path, columns=8):
     """Write images (N, C, H, W), pixels in [-1, 1], as a PNG grid; small images are enlarged to at least 28 pixels."""
+    picture = _grid(images, columns)
+    _replace(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def save_animation(frames, path, columns=8):
+    """Write grids of images (N, C, H, W), pixels in [-1, 1], as a GIF: ten a second, two seconds on the last, then anew."""
+    pictures = [_grid(images, columns) for images in frames]
+    times = [100] * (len(pictures) - 1) + [2000]
+    settings = {"format": "GIF", "save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0}
+    _replace(path, lambda temporary: pictures[0].save(temporary, **settings))
+
+
+def _grid(images, columns):
     scale = -(-28 // images.shape[-1])
     enlarged = interpolate(to_unit(images.float().cpu()), scale_factor=scale, mode="nearest")
-    picture = to_pil_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5))
-    _replace(path, lambda temporary: picture.save(temporary, format="PNG"))
+    return to_pil_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5))
 
 
 def save_curves(rows, path):

@@ -83,13 +83,16 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def chain_energy(model, device, precision):
-    """Return a network's energy as sgld.run_chains wants it: E(x) of (x), E(x, y) of (x, labels); (N,) float32."""
+def chain_energy(model, device, precision, conditional=joint_energy):
+    """Return a network's energy as sgld.run_chains wants it: E(x) of (x), (N,) float32.
+
+    Called as (x, labels) it returns conditional(logits, labels) instead: E(x, y) or another energy of models.py.
+    """
 
     def energy_of(x, labels=None):
         with autocast(device, precision):
             logits = model(x).float()
-        return energy(logits) if labels is None else joint_energy(logits, labels)
+        return energy(logits) if labels is None else conditional(logits, labels)
 
     return energy_of
 

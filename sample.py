@@ -2,8 +2,10 @@
 
     python sample.py --checkpoint results/digits/jem.pt --num 64
 
-starts new chains in the restart distribution of the training and runs Langevin dynamics on E(x); --class-label runs it
-on E(x, y); --source buffer shows the persistent chains of the training instead.
+starts new chains in the restart distribution of the training and runs Langevin dynamics on E(x). --source buffer shows the
+persistent chains of the training instead. --class-label and --mixture run the chains on the energy of one class or of
+several, --interpolate leads each chain from one class to another. --from-images starts at your own pictures, which --inpaint
+completes and --denoise cleans. --animate adds a GIF of how it came about.
 """
 
 from __future__ import annotations
@@ -17,20 +19,50 @@ def build_parser():
     group = parser.add_argument_group("model")
     cli.add_checkpoint_flag(group)
     cli.add_precision_flag(group)
-    group = parser.add_argument_group("SGLD")
+    group = parser.add_argument_group("where chains start")
     group.add_argument("--source", choices=("fresh", "buffer"), default="fresh", help="new chains, or the replay buffer's")
-    group.add_argument("--num", type=cli.positive_int, default=64, help="images")
     group.add_argument(
-        "--class-label",
+        "--by-energy", action="store_true",
+        help="with --source buffer: the chains of lowest energy, then those of highest, instead of any",
+    )  # fmt: skip
+    group.add_argument(
+        "--from-images",
+        metavar="PATH",
+        help="start at these instead: an image, a folder of them, an .npz or .npy file, or the word test for the test images",
+    )
+    group.add_argument(
+        "--inpaint", metavar="PART",
+        help="with --from-images: hold the pictures but for a part, which is sampled: left, right, top, bottom, centre, or an "
+        "image file that is white there",
+    )  # fmt: skip
+    group.add_argument(
+        "--denoise", type=cli.positive, metavar="STD",
+        help="with --from-images: add noise of this standard deviation, pixels on [-1, 1], and descend the energy without any",
+    )  # fmt: skip
+    cli.add_data_dir_flag(group)
+    group = parser.add_argument_group("energy")
+    energies = group.add_mutually_exclusive_group()
+    energies.add_argument(
+        "--class-label", type=cli.count, nargs="+", metavar="Y",
+        help="classes for chains on E(x, y), in equal shares; all of a class in one row",
+    )  # fmt: skip
+    energies.add_argument(
+        "--mixture",
         type=cli.count,
         nargs="+",
         metavar="Y",
-        help="classes for chains on E(x, y), in equal shares; all of a class in one row",
+        help="classes for chains on -log sum_y exp f(x)[y] over these alone",
     )
+    energies.add_argument(
+        "--interpolate", type=cli.count, nargs=2, metavar=("Y", "Z"),
+        help="chains on E(x, Y) whose energy then turns into E(x, Z); one row for each chain",
+    )  # fmt: skip
+    group = parser.add_argument_group("SGLD")
+    group.add_argument("--num", type=cli.positive_int, default=64, help="chains")
     group.add_argument(
         "--steps",
         type=cli.count,
-        help="Langevin steps; without it 100 for fresh chains, 0 for the buffer's",
+        help="Langevin steps, with --interpolate those of a column; default 100, of the buffer's chains 0, with --denoise 10",
     )
     group.add_argument(
         "--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]; without it the training's"
@@ -43,6 +75,7 @@ def build_parser():
     cli.add_compile_flag(group)
     group.add_argument("--chunk-size", type=cli.positive_int, default=250, help="chains that run at once: it bounds the memory")
     group = cli.add_run_flags(parser)
+    group.add_argument("--animate", action="store_true", help="also write a GIF of the chains on their way")
     group.add_argument(
         "--save-array",
         metavar="FILE.npz",
@@ -55,12 +88,29 @@ def parse_args(argv=None):
     """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
     parser = build_parser()
     args = cli.parse(parser, argv)
-    if args.class_label and len(set(args.class_label)) < len(args.class_label):
-        parser.error("--class-label names a class twice")
+    for name in ("class_label", "mixture", "interpolate"):
+        classes = getattr(args, name)
+        if classes and len(set(classes)) < len(classes):
+            parser.error(f"--{name.replace('_', '-')} names a class twice")
     if args.class_label and args.num < len(args.class_label):
         parser.error(f"--num {args.num} is below the {len(args.class_label)} classes of --class-label")
     if args.save_array and not args.save_array.endswith(".npz"):
         parser.error(f"--save-array {args.save_array} must end in .npz")
+    if args.save_array and args.interpolate:
+        parser.error("--save-array takes the ends of chains, and --interpolate shows their way: leave one out")
+    if args.from_images and args.source == "buffer":
+        parser.error("--from-images and --source buffer both say where chains start: leave one out")
+    for name in ("inpaint", "denoise"):
+        if getattr(args, name) and not args.from_images:
+            parser.error(f"--{name} needs pictures: name them with --from-images")
+    if args.inpaint and args.denoise:
+        parser.error("--inpaint holds pixels that --denoise would change: leave one out")
+    if args.interpolate and (args.from_images or args.source == "buffer"):
+        parser.error("--interpolate starts fresh chains: leave out --from-images and --source")
+    if args.by_energy and (args.source != "buffer" or args.class_label):
+        parser.error("--by-energy sorts all of the buffer: use it with --source buffer and without --class-label")
+    if args.denoise and "noise_std" in args.given:
+        parser.error("--denoise descends without noise: leave out --noise-std")
     return args
 
 
@@ -79,55 +129,12 @@ from tqdm import tqdm
 
 import plots
 import runs
+from chains import COLUMNS, GRID_CHAINS, PARTS, Chains
 from cli import UserError
 from data import to_unit
-from sgld import restart_from_state, run_chains
 
-GRID_CHAINS = 400  # a picture holds no more, so that memory does not grow with --num
 DRY_RUN = {"num": 4, "steps": 2}
-
-
-def chain_blocks(checkpoint, args, device):
-    """Yield (images, labels) in blocks of at most args.chunk_size chains until args.num are drawn.
-
-    checkpoint: what train_jem.py wrote. images: (n, C, H, W) float, pixels in [-1, 1]; labels: (n,) int64, the asked
-    classes, or None where --class-label is not given. Only one block is in memory at a time.
-    """
-    model = runs.load_model(checkpoint, device)
-    energy_of = runs.chain_energy(model, device, runs.pick_precision(args.precision, device))
-    if args.compile:
-        energy_of = runs.Compiled(energy_of, device)
-    settings = runs.chain_settings(checkpoint)
-    settings.update({name: getattr(args, name) for name in ("step_size", "noise_std") if name in args.given})
-    restart = restart_from_state(checkpoint["restart"], device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    classes = args.class_label and torch.tensor(args.class_label, device=device)
-    stored = buffer_slots(checkpoint, args, generator).split(args.chunk_size) if args.source == "buffer" else None
-    for block, first in enumerate(range(0, args.num, args.chunk_size)):
-        count = min(args.chunk_size, args.num - first)
-        labels = classes[torch.arange(first, first + count, device=device) % len(classes)] if args.class_label else None
-        if stored:
-            x = checkpoint["buffer"]["images"][stored[block]]
-        elif labels is not None:
-            x = restart.draw(labels, generator)
-        else:
-            x = restart.draw(torch.randint(restart.num_classes, (count,), device=device, generator=generator), generator)
-        yield run_chains(energy_of, x, args.steps, **settings, labels=labels, module=model, generator=generator), labels
-
-
-def buffer_slots(checkpoint, args, generator):
-    """Choose args.num slots of the buffer, all different: of any class, or by turns of the asked ones."""
-    labels = checkpoint["buffer"]["labels"]
-    order = torch.randperm(len(labels), device=labels.device, generator=generator)
-    if not args.class_label:
-        slots = order[: args.num]
-    else:
-        each = -(-args.num // len(args.class_label))
-        rows = [order[labels[order] == label][:each] for label in args.class_label]
-        slots = torch.stack([row[: min(map(len, rows))] for row in rows], dim=1).flatten()[: args.num]
-    if len(slots) < args.num:
-        raise UserError(f"the replay buffer has {len(slots)} such chains, not {args.num}: lower --num, or use --source fresh")
-    return slots
+DENOISING_STEPS = 10
 
 
 @contextmanager
@@ -162,14 +169,16 @@ def array_writer(path, shape):
 def check_against_checkpoint(args, checkpoint):
     """Complete the flags whose defaults are the training's. Raises UserError for what the model cannot do."""
     num_classes = checkpoint["model_config"]["num_classes"]
-    if args.class_label and max(args.class_label) >= num_classes:
-        raise UserError(f"--class-label {max(args.class_label)}: the model has the classes 0 to {num_classes - 1}")
+    for name in ("class_label", "mixture", "interpolate"):
+        if (classes := getattr(args, name)) and max(classes) >= num_classes:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {max(classes)}: the model has the classes 0 to {num_classes - 1}")
     if args.class_label and args.source == "buffer" and not checkpoint["conditional"]:
         raise UserError(
             "the chains of this replay buffer have no class (it was trained without --p-xy-weight): use --source fresh"
         )
     if args.steps is None:
-        args.steps = runs.FRESH_STEPS if args.source == "fresh" else 0
+        args.steps = DENOISING_STEPS if args.denoise else 0 if args.source == "buffer" else runs.FRESH_STEPS
     if args.dry_run:
         args.num, args.steps = max(DRY_RUN["num"], len(args.class_label or ())), min(DRY_RUN["steps"], args.steps)
 
@@ -183,6 +192,22 @@ def grid_rows(images, labels, classes):
     return torch.cat([row[:columns] for row in rows]), columns
 
 
+def pairs(starts, images, columns=4):
+    """Return starts and images (n, C, H, W) in the order of a grid of so many pairs a row, and its columns."""
+    return torch.stack([starts, images], dim=1).flatten(0, 1), 2 * columns
+
+
+def name_of(args):
+    """Return the stem of the files that a drawing goes to."""
+    words = ["samples", "images" if args.from_images else args.source]
+    for name in ("class_label", "mixture", "interpolate"):
+        if classes := getattr(args, name):
+            words += [name.removesuffix("_label"), *map(str, classes)]
+    if args.inpaint:
+        words += ["inpaint", args.inpaint if args.inpaint in PARTS else Path(args.inpaint).stem]
+    return "-".join(words + ["denoise"] * bool(args.denoise) + ["by-energy"] * args.by_energy)
+
+
 @cli.exits_cleanly
 def main(argv=None):
     """Run the script with a list of arguments, or with the command line's."""
@@ -190,26 +215,34 @@ def main(argv=None):
     device = runs.pick_device(args.device)
     checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
     check_against_checkpoint(args, checkpoint)
-    _, channels, height, width = checkpoint["buffer"]["images"].shape
+    chains = Chains(checkpoint, args, device)
     with runs.run_folder(args) as folder, ExitStack() as stack:
-        classes = f"-class-{'-'.join(map(str, args.class_label))}" if args.class_label else ""
-        written = [folder / f"samples-{args.source}{classes}.png"]
+        written = [folder / f"{name_of(args)}.png"]
         append = None
         if args.save_array:
             written.append(folder / "dry-run.npz" if args.dry_run else Path(args.save_array))
-            append = stack.enter_context(array_writer(written[1], (args.num, channels, height, width)))
-        shown, shown_labels = [], []
-        for images, labels in tqdm(chain_blocks(checkpoint, args, device), total=-(-args.num // args.chunk_size), disable=None):
+            append = stack.enter_context(array_writer(written[1], (args.num, *chains.shape)))
+        shown = {"starts": [], "images": [], "labels": []}
+        for starts, images, labels in tqdm(chains.blocks(), total=-(-args.num // args.chunk_size), disable=None):
             if append:
                 append(images, labels)
-            free = GRID_CHAINS - sum(map(len, shown))
-            shown.append(images[:free])
-            shown_labels.append(labels[:free] if labels is not None else None)
-        labels = torch.cat(shown_labels) if args.class_label else None
-        images, columns = grid_rows(torch.cat(shown), labels, args.class_label)
+            free = GRID_CHAINS - sum(map(len, shown["images"]))
+            for kind, values in (("starts", starts), ("images", images), ("labels", labels)):
+                shown[kind].append(values[:free] if values is not None else None)
+        images = torch.cat(shown["images"])
+        count = len(images)
+        if args.interpolate:
+            images, columns = chains.interpolate(images).flatten(0, 1), COLUMNS
+        elif args.from_images:
+            images, columns = pairs(torch.cat(shown["starts"]), images)
+        else:
+            images, columns = grid_rows(images, torch.cat(shown["labels"]) if args.class_label else None, args.class_label)
         plots.save_grid(images, written[0], columns)
-    if len(images) < args.num:
-        print(f"the grid shows {len(images)} of the {args.num} images")
+        if args.animate:
+            written.append(folder / f"{name_of(args)}.gif")
+            plots.save_animation(chains.frames, written[-1], math.ceil(math.sqrt(len(chains.frames[0]))))
+    if count < args.num:
+        print(f"the grid shows {count} of the {args.num} images")
     runs.report_files(args, written)
 
 

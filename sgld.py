@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
+LARGE = 1024  # coordinates up to which a Gaussian's covariance is decomposed exactly
+
 
 @contextmanager
 def frozen(module):
@@ -210,12 +212,8 @@ class GaussianRestart:
             if len(members) < 2:
                 raise ValueError(f"class {label} has {len(members)} training images; a Gaussian needs at least 2")
             mean = members.mean(0)
-            centred = members - mean
-            covariance = centred.T @ centred / (len(members) - 1)
-            variances, directions = torch.linalg.eigh(covariance.double())
-            variances, directions = variances[-rank:].clamp_min(0), directions[:, -rank:]
             means.append(mean)
-            factors.append((directions * variances.sqrt()).to(flat.dtype))
+            factors.append(_principal_factor(members - mean, rank))
         return cls(torch.stack(means), torch.stack(factors), images.shape[1:])
 
     def draw(self, labels, generator=None):
@@ -230,6 +228,23 @@ class GaussianRestart:
     def state_dict(self):
         """Return what `restart_from_state` needs: plain types and tensors."""
         return {"kind": self.kind, "shape": list(self.shape), "mean": self.mean, "factor": self.factor}
+
+
+def _principal_factor(centred, rank):
+    """Return F (D, rank) with F F^T the covariance of centred (n, D) but for its smallest directions.
+
+    Beyond LARGE coordinates the covariance is never formed: a randomised decomposition finds the leading directions.
+    """
+    count, size = centred.shape
+    if size <= LARGE:
+        variances, directions = torch.linalg.eigh((centred.T @ centred / (count - 1)).double())
+        return (directions[:, -rank:] * variances[-rank:].clamp_min(0).sqrt()).to(centred.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, singular, directions = torch.pca_lowrank(centred, q=min(rank, count), center=False, niter=4)
+    factor = centred.new_zeros(size, rank)  # columns of nothing where the class has fewer images than rank
+    factor[:, : len(singular)] = directions * singular / (count - 1) ** 0.5
+    return factor
 
 
 def restart_from_state(state, device="cpu"):

@@ -78,6 +78,13 @@ CASES = [
     ("costs", ["--checkpoint", "{empty}/none.pt", "--out-dir", "{empty}"], "--checkpoint"),
     ("sgld_speed", ["--batches", "-64"], "--batches"),
     ("two_moons", ["--out", "{empty}/none/moons.png"], "--out"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--inpaint", "left"], "--from-images"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/nowhere.png"], "there is no"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/broken picture/a.png"], "cannot be read"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/nan.npz"], "finite"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--mixture", "1", "10"], "classes 0 to 9"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--interpolate", "2", "2"], "twice"),
+    ("sample", ["--checkpoint", "{run}/jem.pt", "--by-energy"], "--source buffer"),
     # checkpoints that are not what they seem
     ("train_jem", ["--out-dir", "{empty}", "--classifier", "{bad}/pickle.pt"], "damaged or no checkpoint"),
     ("sample", ["--checkpoint", "{bad}/pickle.pt"], "damaged or no checkpoint"),

@@ -131,3 +131,18 @@ def test_two_moons_are_classified_and_their_density_is_learned(tmp_path, capsys)
     accuracy, likelihood, gaussian, uniform = map(float, re.findall(r"(-?\d+\.\d+)", out)[:4])
     assert accuracy > 95 and likelihood > gaussian + 0.2 > uniform
     assert (tmp_path / "moons.png").stat().st_size > 1000
+
+
+def test_the_walkthrough_goes_from_a_classifier_to_a_jem(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ITERATIONS", "400")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    runpy.run_path(str(ROOT / "examples" / "walkthrough.py"))
+    told = capsys.readouterr().out
+    gaps = [float(gap) for gap in re.findall(r"energy gap (-?[\d.]+)", told)]
+    assert len(gaps) == 10 and abs(gaps[-1]) < 3
+    assert float(re.search(r"JEM: ([\d.]+) %", told)[1]) > 85
+    assert float(re.search(r"against uniform-noise: ([\d.]+)", told)[1]) > 0.95
+    before, after = map(float, re.search(r"per pixel: ([\d.]+) noisy, ([\d.]+) cleaned", told).groups())
+    assert after < before
+    pictures = ["buffer-after", "buffer-before", "class-conditional", "classifier-chains", "denoised", "fresh-chains"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == pictures

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import ARCHITECTURES, HalvingStem, build_model, energy, joint_energy, predict
+from models import ARCHITECTURES, HalvingStem, build_model, energy, joint_energy, mixture_energy, path_energy, predict
 
 SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": {"width": 1, "depth": 10}}
 
@@ -28,6 +28,17 @@ def test_the_joint_density_divided_by_the_marginal_is_the_softmax():
         labels = torch.full((6,), label)
         conditional = (energy(logits) - joint_energy(logits, labels)).exp()
         torch.testing.assert_close(conditional, logits.softmax(1)[:, label])
+
+
+def test_mixtures_and_paths_have_the_energies_they_are_made_of():
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 5
+    one_hot = nn.functional.one_hot(labels, 5).float()
+    for of in (mixture_energy, path_energy):
+        torch.testing.assert_close(of(logits, one_hot), joint_energy(logits, labels))
+    torch.testing.assert_close(mixture_energy(logits, torch.ones(6, 5)), energy(logits))
+    pair = torch.tensor([0.25, 0, 0.75, 0, 0]).expand(6, 5)
+    torch.testing.assert_close(path_energy(logits, pair), -0.25 * logits[:, 0] - 0.75 * logits[:, 2])
+    torch.testing.assert_close(mixture_energy(logits, pair), -(0.25 * logits[:, 0].exp() + 0.75 * logits[:, 2].exp()).log())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import chains
 import runs
 import sample
+from chains import Chains
 
 
 @pytest.fixture
@@ -69,7 +71,8 @@ def test_the_buffer_is_shown_as_it_is(draw, checkpoint):
 
 def test_blocks_hold_no_more_chains_than_asked_and_all_of_them_together(checkpoint):
     args = sample.parse_args(["--num", "23", "--chunk-size", "10", "--steps", "1", "--precision", "float32"])
-    sizes = [len(images) for images, _ in sample.chain_blocks(checkpoint, args, torch.device("cpu"))]
+    sample.check_against_checkpoint(args, checkpoint)
+    sizes = [len(images) for _, images, _ in Chains(checkpoint, args, torch.device("cpu")).blocks()]
     assert sizes == [10, 10, 3]
 
 
@@ -78,6 +81,7 @@ def test_ten_thousand_images_need_no_more_memory_than_one_thousand(tmp_path):
     restart = {"kind": "uniform", "shape": [1, 28, 28], "num_classes": 10}
     runs.save_checkpoint(
         tmp_path / "jem.pt", "jem", model_config=config, model=runs.build_model(**config).state_dict(), conditional=False,
+        dataset="mnist", finished=True,
         sgld={"steps": 1, "step_size": 0.1, "noise_std": 0.1, "pixel_grad_clip": None, "clamp": (-1, 1)}, restart=restart,
         buffer={"images": torch.zeros(1, 1, 28, 28), "labels": torch.zeros(1, dtype=torch.int64)},
     )  # fmt: skip
@@ -102,3 +106,103 @@ def test_ten_thousand_images_need_no_more_memory_than_one_thousand(tmp_path):
     assert peaks[1] < peaks[0] + 15, peaks  # MiB; the images alone are 30
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["images"].shape == (10_000, 1, 28, 28)
+
+
+@pytest.fixture
+def pictures(digits, tmp_path):
+    """An .npz of five test digits, pixels in [0, 1], and the images as the model sees them."""
+    images = digits.test.images[:5]
+    np.savez(tmp_path / "pictures.npz", images=(images.numpy() + 1) / 2)
+    return tmp_path / "pictures.npz", images
+
+
+def test_chains_that_start_at_pictures_and_take_no_step_are_those_pictures_by_turns(draw, pictures):
+    path, images = pictures
+    drawn = draw("--from-images", str(path), "--num", "7", "--steps", "0")["images"]
+    np.testing.assert_allclose(drawn, (images[[0, 1, 2, 3, 4, 0, 1]].numpy() + 1) / 2, atol=1e-6)
+    with Image.open(draw.folder / "samples-images.png") as grid:
+        assert grid.size == (8 * 34 + 2, 2 * 34 + 2)  # each beside where it started
+
+
+def test_the_word_test_stands_for_the_test_images(draw, digits):
+    drawn = draw("--from-images", "test", "--num", "9", "--steps", "0")["images"]
+    np.testing.assert_allclose(drawn, (digits.test.images[:9].numpy() + 1) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("part, rows, columns", [
+    ("left", slice(None), slice(4)), ("right", slice(None), slice(4, None)), ("top", slice(4), slice(None)),
+    ("bottom", slice(4, None), slice(None)), ("centre", slice(2, 6), slice(2, 6)),
+])  # fmt: skip
+def test_inpainting_changes_the_named_part_alone(draw, pictures, part, rows, columns):
+    path, images = pictures
+    drawn = draw("--from-images", str(path), "--num", "5", "--steps", "3", "--inpaint", part)["images"]
+    changed = np.abs(drawn - (images.numpy() + 1) / 2) > 1e-6
+    inside = np.zeros((8, 8), bool)
+    inside[rows, columns] = True
+    assert not changed[:, 0, ~inside].any() and changed[:, 0, inside].mean() > 0.3  # the clamp leaves some as they were
+
+
+def test_a_white_part_of_a_picture_is_sampled_and_a_mask_of_one_colour_is_refused(draw, pictures, capsys):
+    path, images = pictures
+    mask = np.zeros((8, 8), np.uint8)
+    mask[0, 0] = 255
+    Image.fromarray(mask).save(draw.folder / "corner.png")
+    flags = ["--from-images", str(path), "--num", "5", "--steps", "3", "--inpaint"]
+    drawn = draw(*flags, str(draw.folder / "corner.png"))["images"]
+    assert np.abs(drawn - (images.numpy() + 1) / 2)[:, 0].reshape(5, -1)[:, 1:].max() < 1e-6
+    Image.fromarray(mask * 0).save(draw.folder / "nothing.png")
+    with pytest.raises(SystemExit) as caught:
+        draw(*flags, str(draw.folder / "nothing.png"))
+    assert caught.value.code == 2 and "nothing to sample" in capsys.readouterr().err
+
+
+def test_denoising_brings_pictures_nearer_to_what_they_were(checkpoint, pictures):
+    path, images = pictures
+    flags = ["--from-images", str(path), "--denoise", "0.4", "--num", "100"]
+    args = sample.parse_args(flags)
+    sample.check_against_checkpoint(args, checkpoint)
+    starts, ends, _ = next(Chains(checkpoint, args, torch.device("cpu")).blocks())
+    clean = images[torch.arange(100) % 5]
+    before, after = ((x - clean).square().mean().sqrt() for x in (starts, ends))
+    assert 0.35 < before < 0.45 and after < 0.8 * before
+
+
+def test_a_mixture_draws_its_classes_and_no_others(draw, checkpoint):
+    arrays = draw("--num", "60", "--mixture", "3", "7", "--steps", "60")
+    read = runs.load_model(checkpoint, "cpu")(torch.tensor(arrays["images"]) * 2 - 1).argmax(1).bincount(minlength=10)
+    assert read[[3, 7]].sum() > 54 and min(read[3], read[7]) > 10
+    assert (draw.folder / "samples-fresh-mixture-3-7.png").exists()
+
+
+def test_an_interpolation_begins_in_one_class_and_ends_in_the_other(checkpoint):
+    args = sample.parse_args(["--interpolate", "0", "4", "--num", "20", "--steps", "40"])
+    sample.check_against_checkpoint(args, checkpoint)
+    drawn = Chains(checkpoint, args, torch.device("cpu"))
+    _, images, _ = next(drawn.blocks())
+    way = drawn.interpolate(images)
+    assert way.shape == (20, chains.COLUMNS, 1, 8, 8) and torch.equal(way[:, 0], images)
+    read = runs.load_model(checkpoint, "cpu")(way.flatten(0, 1)).argmax(1).view(20, -1)
+    assert (read[:, 0] == 0).float().mean() > 0.8 and (read[:, -1] == 4).float().mean() > 0.8
+
+
+def test_the_best_and_the_worst_chains_of_the_buffer_are_sorted_by_energy(draw, checkpoint):
+    images = torch.tensor(draw("--source", "buffer", "--by-energy", "--num", "20")["images"]) * 2 - 1
+    model = runs.load_model(checkpoint, "cpu")
+    with torch.no_grad():
+        found, everything = (-model(x).logsumexp(1) for x in (images, checkpoint["buffer"]["images"]))
+    wanted = everything.sort().values
+    torch.testing.assert_close(found, torch.cat([wanted[:10], wanted[-10:]]), atol=1e-4, rtol=1e-4)
+
+
+def test_an_animation_ends_where_the_chains_end(draw):
+    draw("--num", "4", "--steps", "120", "--animate")
+    with Image.open(draw.folder / "samples-fresh.gif") as film, Image.open(draw.folder / "samples-fresh.png") as grid:
+        assert 20 <= film.n_frames <= chains.FRAMES + 11
+        film.seek(film.n_frames - 1)
+        difference = np.abs(np.asarray(film.convert("L"), float) - np.asarray(grid.convert("L"), float))
+        assert difference.mean() < 5
+
+
+def test_watching_changes_nothing(draw):
+    plain, watched = (draw("--num", "4", "--steps", "30", *more)["images"] for more in ([], ["--animate"]))
+    assert np.array_equal(plain, watched)
