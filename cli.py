@@ -39,6 +39,7 @@ PRESETS = {
 }  # fmt: skip
 PRESETS["folder"] = PRESETS["mnist"]
 DATASETS = tuple(PRESETS)
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "mnist-ten-minutes.pt")
 WIDE_RESNET_SHAPE = {"width": 2, "depth": 10, "stem_stride": 1}  # sized for a laptop; the paper's is --width 10 --depth 28
 
 
@@ -214,8 +215,11 @@ def add_optimisation_flags(parser):
 
 def add_checkpoint_flag(group):
     """Add --checkpoint to a group."""
-    default = os.path.join("results", "digits", "jem.pt")
-    group.add_argument("--checkpoint", metavar="FILE", default=default, help="checkpoint that train_jem.py wrote")
+    own = os.path.join("results", "digits", "jem.pt")
+    group.add_argument(
+        "--checkpoint", metavar="FILE", default=own if os.path.exists(own) else SHIPPED,
+        help="checkpoint that train_jem.py wrote; without one of your own the small one of MNIST that comes with the project",
+    )  # fmt: skip
 
 
 def add_classifier_flag(group):
@@ -259,6 +263,9 @@ def add_rerun_flags(group):
     group.add_argument(
         "--save-steps", type=positive_int, help="iterations between two checkpoints; without it time alone decides"
     )
+    group.add_argument(
+        "--tensorboard", action="store_true", help="also write scalars, grids and histograms for the package tensorboard"
+    )
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in --out-dir from its checkpoint")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
@@ -290,7 +297,8 @@ def parse(parser, argv=None):
     if args.dry_run and getattr(args, "resume", False):
         parser.error("--dry-run keeps no file, so there is nothing for --resume to continue")
     if args.out_dir is None:  # a script that reads a checkpoint writes beside it
-        args.out_dir = os.path.dirname(args.checkpoint) or "."
+        folder, name = os.path.split(args.checkpoint)
+        args.out_dir = (folder or ".") if name == "jem.pt" else os.path.splitext(args.checkpoint)[0]
     if getattr(args, "max_minutes", None) and "epochs" not in args.given:
         args.epochs = None
     return args

@@ -245,7 +245,9 @@ def open_checkpoint(path, args):
         raise UserError(f"nothing to resume: {str(path)!r} does not exist; leave out --resume to start a run")
     checkpoint = load_checkpoint(path, path.stem)
     length = {"epochs", "max_minutes"}
-    free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir"} | (length if length & args.given else set())
+    free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir", "tensorboard"} | (
+        length if length & args.given else set()
+    )
     for name, value in checkpoint["args"].items():
         if name in args.given - free and getattr(args, name) != value:
             raise UserError(
@@ -325,7 +327,14 @@ def load_checkpoint(path, kind, device="cpu"):
         )
     if missing := [name for name in NEEDED[kind] if name not in state]:
         raise UserError(f"{str(path)!r} lacks {', '.join(missing)}: it is no whole checkpoint, name another")
-    return state
+    return _in_float32(state)
+
+
+def _in_float32(value):
+    """Return a checkpoint, or a part of it, with the half-precision tensors that export.py makes as float32."""
+    if isinstance(value, dict):
+        return {name: _in_float32(part) for name, part in value.items()}
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float16 else value
 
 
 def _is_intact(path, kind):
@@ -363,6 +372,17 @@ def model_config_from(args, dataset):
     except ValueError as error:
         raise UserError(str(error)) from error
     return config
+
+
+def open_board(args, folder):
+    """Return the TensorBoard writer of a run's folder, or None without --tensorboard. Raises UserError without the package."""
+    if not args.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package: pip install tensorboard, or leave the flag out") from error
+    return SummaryWriter(folder / "tensorboard")
 
 
 def report_files(args, paths):

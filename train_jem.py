@@ -115,6 +115,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags answer here, before torch is loaded
 
+import shlex
 from argparse import Namespace
 from collections import deque
 from pathlib import Path
@@ -128,8 +129,9 @@ import runs
 import train_classifier
 from attacks import single_step
 from cli import UserError
+from data import to_unit
 from guard import Guard, roll_back, snapshot
-from models import energy, joint_energy
+from models import energy, joint_energy, predict
 from sgld import GaussianRestart, UniformRestart, run_chains
 from training import Training
 
@@ -330,6 +332,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
         if run.save_is_due():
             checkpoint = make_checkpoint(run, buffer, guard)
             run.save(checkpoint)
+            plots.save_grid(buffer.images[:GRID_CHAINS], folder / "samples.png")
         if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
             save_grids(run, buffer)
     if not (checkpoint and checkpoint["finished"]):  # the budget of minutes ended in a rollback
@@ -361,6 +364,11 @@ def save_grids(run, buffer):
     grids.mkdir(exist_ok=True)
     for path in (run.folder / "samples.png", grids / f"epoch-{run.step / run.epoch_steps:05.1f}.png"):
         plots.save_grid(buffer.images[:GRID_CHAINS], path)
+    if run.board:
+        run.board.add_images("buffer", to_unit(buffer.images[:GRID_CHAINS]), run.step)
+        run.board.add_histogram("chain age [steps]", buffer.ages, run.step)
+        for name, images in (("validation images", run.dataset.val.images), ("chains", buffer.images)):
+            run.board.add_histogram(f"energy of {name}", energy(predict(run.averaged, images[:1000])), run.step)
 
 
 def starting_weights(args, dataset, folder, device):
@@ -404,6 +412,9 @@ def main(argv=None):
         _, accuracy = train_classifier.evaluate(runs.load_model(checkpoint, device), dataset.test)
         runs.report_files(args, [folder / name for name in OUTPUTS])
         print(f"test accuracy: {100 * accuracy:.2f} %")
+        if not args.dry_run:
+            path = shlex.quote(str(folder / "jem.pt"))
+            print(f"next: python sample.py --checkpoint {path}\n      python evaluate.py --checkpoint {path} --quick")
 
 
 if __name__ == "__main__":

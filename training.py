@@ -86,6 +86,7 @@ class Training:
         if args.dry_run:
             self.steps = DRY_RUN_STEPS
         self.rollbacks = 0
+        self.board = runs.open_board(args, folder)
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:
             self.load_state_dict(resumed["training"])
@@ -223,7 +224,12 @@ class Training:
         text = ", ".join(
             f"{name} {row[name]:.3g}" if name == "energy_gap" else f"{name} {row[name]:.4g}" for name in shown if name in row
         )
+        if self.max_minutes:
+            text += f", {max(self.max_minutes - self.minutes(), 0):.1f} min left"
         self.bar.set_postfix_str(text)
+        for name, value in row.items() if self.board else ():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{self.phase}/{name}", value, self.step)
         if not sys.stderr.isatty() and "val_accuracy" in row:
             print(f"{self.phase}: minute {row['minutes']:.1f}, {text}", flush=True)
         return row

@@ -107,6 +107,7 @@ def judge(path, dataset, part, network, sizes, sets):
     calibration = metrics.calibration(logits, split.labels)
     row = {
         "minutes": checkpoint["training"]["minutes"], "step": checkpoint["training"]["step"],
+        "rollbacks": checkpoint["training"]["rollbacks"],
         "accuracy": float((logits.argmax(1) == split.labels).double().mean()), "ece": calibration["ece"],
     }  # fmt: skip
     generator, most = torch.Generator().manual_seed(0), min(len(split.labels), len(checkpoint["buffer"]["labels"]))
@@ -125,6 +126,7 @@ def judge(path, dataset, part, network, sizes, sets):
         found = chain_quality.compare(network, predict(network.features, images), reference, floor, dataset.num_classes)
         row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]
     inside = energy(logits)
+    row["energy gap"] = float(energy(predict(model, checkpoint["buffer"]["images"][: POINT["buffer"]])).mean() - inside.mean())
     for label, name in sets.items():
         images, _ = data.load_ood(name, split.images, "", 10_000, torch.Generator().manual_seed(0))
         scores = torch.cat([inside, energy(predict(model, images))])

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -106,10 +107,22 @@ def test_a_run_that_is_damaged_once_recovers_and_records_it(tmp_path, monkeypatc
     assert checkpoint["finished"] and checkpoint["training"]["rollbacks"] >= 1
     assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
     assert torch.isfinite(checkpoint["buffer"]["images"]).all()
-    assert float(told.out.strip().splitlines()[-1].split()[2]) > 80  # test accuracy, %
+    assert float(re.search(r"test accuracy: ([\d.]+) %", told.out)[1]) > 80
     rows = runs.read_metrics(tmp_path / "metrics.csv")
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and {"0", "1"} <= {row["rollbacks"] for row in rows}
+
+
+def test_without_the_guard_only_what_is_not_finite_ends_a_run(tmp_path, monkeypatch, capsys):
+    def judge(*_):
+        raise Diverged("never asked")
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    flags = [*TINY, "--from-scratch", "--epochs", "1", "--no-guard", "--log-every", "2"]
+    train_jem.main([*flags, "--out-dir", str(tmp_path / "well")])
+    with pytest.raises(SystemExit) as caught:
+        train_jem.main([*flags, "--lr", "1e30", "--warmup-steps", "0", "--out-dir", str(tmp_path / "ill")])
+    assert caught.value.code == 1 and "after 0 rollbacks" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_again_and_again_is_given_up_with_a_diagnosis(tmp_path, capsys):

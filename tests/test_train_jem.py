@@ -195,7 +195,7 @@ def test_the_last_line_is_the_test_accuracy_and_the_classifier_found_is_used(tmp
     flags = [*TINY, "--epochs", "1", "--out-dir", str(tmp_path / "run")]
     train_jem.main([*flags, "--classifier", str(tiny_run / "classifier.pt")])
     out = capsys.readouterr().out.strip()
-    assert re.fullmatch(r"test accuracy: \d+\.\d\d %", out.splitlines()[-1])
+    assert re.search(r"^test accuracy: \d+\.\d\d %$", out, re.MULTILINE) and "next: python sample.py --checkpoint" in out
     assert "starting from the classifier" in out and str(tmp_path / "run" / "jem.pt") in out
     assert not (tmp_path / "run" / "classifier.pt").exists()
 

@@ -1,5 +1,6 @@
 """The plumbing of a training: order of the data, schedule, budget, averaging."""
 
+import sys
 from argparse import Namespace
 
 import pytest
@@ -107,3 +108,27 @@ def test_the_norm_of_the_weight_gradient_is_clipped(tmp_path, digits):
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, digits):
     with pytest.raises(UserError, match="1257 training images"):
         make_run(tmp_path, digits, "--batch-size", "2000", "--buffer-size", "2000")
+
+
+def test_tensorboard_gets_scalars_grids_and_histograms(tmp_path, monkeypatch):
+    class Board:
+        """Remembers what is written to it."""
+
+        def __init__(self):
+            self.names = set()
+
+        def add_scalar(self, name, value, step):
+            self.names.add(name)
+
+        add_images = add_histogram = add_scalar
+
+    board = Board()
+    monkeypatch.setattr(runs, "open_board", lambda args, folder: board if args.tensorboard else None)
+    train_jem.main([*TINY, "--from-scratch", "--epochs", "1", "--tensorboard", "--out-dir", str(tmp_path)])
+    assert {"jem/energy_gap", "jem/val_accuracy", "buffer", "chain age [steps]", "energy of chains"} <= board.names
+
+
+def test_tensorboard_without_its_package_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        runs.open_board(Namespace(tensorboard=True), tmp_path)
