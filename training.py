@@ -85,7 +85,7 @@ class Training:
         self.steps = args.epochs and args.epochs * self.epoch_steps
         if args.dry_run:
             self.steps = DRY_RUN_STEPS
-        self.rollbacks = 0
+        self.rollbacks, self.done = 0, 0.0
         self.board = runs.open_board(args, folder)
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:

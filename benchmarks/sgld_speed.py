@@ -215,7 +215,7 @@ def matrix_products(device):
 def operations(model, x):
     """Return the floating-point operations of one Langevin step per image: forward, and backward to the pixels."""
     with frozen(model), FlopCounterMode(display=False) as counter:
-        energy_and_gradient(lambda part: energy(model(part)), x)
+        energy(model(x.clone().requires_grad_())).sum().backward()  # the counter does not know torch.autograd.grad
     return counter.get_total_flops() / len(x)
 
 

@@ -167,7 +167,7 @@ def main(argv=None):
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
-    shares = [cores[job :: args.jobs] for job in range(args.jobs)]
+    shares = [cores[job :: args.jobs] or cores for job in range(args.jobs)]
     wanted = [(name, flags, seed) for name, flags in args.variant for seed in args.seeds]
 
     def work(number):
