@@ -37,7 +37,8 @@ PRESETS = {
         "buffer_size": 10000, "reinit_prob": 0.02, "long_chains": 400, "long_share": 0.3,
     },
 }  # fmt: skip
-PRESETS["folder"] = PRESETS["mnist"]
+UNTUNED = ("fashion-mnist", "kmnist", "emnist-letters", "svhn", "cifar10", "cifar100", "folder")  # MNIST's will do
+PRESETS |= dict.fromkeys(UNTUNED, PRESETS["mnist"])
 DATASETS = tuple(PRESETS)
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "mnist-ten-minutes.pt")
 WIDE_RESNET_SHAPE = {"width": 2, "depth": 10, "stem_stride": 1}  # sized for a laptop; the paper's is --width 10 --depth 28

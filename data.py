@@ -6,6 +6,8 @@ A batch costs one index and no worker process. Pixels are float32 on [-1, 1] eve
 - digits: the 1,797 real 8x8 handwritten digits that scikit-learn bundles (the test part of UCI's "Optical Recognition
   of Handwritten Digits"); they have no official split, so 360 are held out for the test and 180 for validation.
 - mnist: 28x28, through torchvision; 5,000 of the 60,000 training images are held out for validation.
+- fashion-mnist, kmnist, emnist-letters, svhn, cifar10, cifar100: through torchvision; a tenth of the training images, 5,000 at
+  most, is held out for validation.
 - folder: your own, a folder of image files for each class, below train/ and test/ or by themselves; without test/ a sixth
   of each class is held out for the test; a tenth of the rest is for validation.
 
@@ -94,11 +96,13 @@ def split_off(split, size):
 def load(name, data_dir, image_size=None):
     """Load a data set by its name.
 
-    name: "digits", "mnist" or "folder". data_dir: where files lie or are downloaded to (mnist: MNIST/raw below it; folder:
-    the folder itself). image_size: side in pixels that a folder's images are resized to; None: they must have one size.
+    name: "digits", "mnist", "folder" or a key of TORCHVISION but omniglot. data_dir: where files lie or are downloaded to
+    (mnist: MNIST/raw below it; folder: the folder itself). image_size: side in pixels that a folder's images are resized
+    to; None: they must have one size.
     Raises UserError for an unknown name, for files that are damaged, and for a download that fails.
     """
     loaders = {"digits": _load_digits, "mnist": _load_mnist, "folder": functools.partial(_load_folder, image_size=image_size)}
+    loaders |= {other: functools.partial(_load_torchvision, other) for other in TORCHVISION if other != "omniglot"}
     if name not in loaders:
         raise UserError(f"unknown data set {name!r}; choose from {', '.join(loaders)}")
     return loaders[name](data_dir)
@@ -117,6 +121,22 @@ def _load_digits(data_dir):
 def _load_mnist(data_dir):
     train, val = split_off(_mnist_part(data_dir, train=True), 5000)
     return Dataset("mnist", 10, train, val, _mnist_part(data_dir, train=False))
+
+
+def _load_torchvision(name, data_dir):
+    parts = []
+    for train in (True, False):
+        part = _torchvision_part(name, data_dir, download=True, train=train)
+        pixels = torch.tensor(_raw_images(part))
+        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2) if pixels.shape[3] == 3 else pixels
+        labels = torch.as_tensor(np.asarray(part.labels if name == "svhn" else part.targets)).long()
+        parts.append(Split(to_model(pixels.float() / 255), labels - 1 if name == "emnist-letters" else labels))
+    train, test = parts
+    classes = train.labels.unique().tolist()
+    if classes != list(range(len(classes))) or not set(test.labels.tolist()) <= set(classes):
+        raise UserError(f"the files of {name} under {str(data_dir)!r} are damaged: delete them there and run again")
+    train, val = split_off(train, min(len(train.labels) // 10, 5000))
+    return Dataset(name, len(classes), train, val, test)
 
 
 def _load_folder(data_dir, image_size):
@@ -226,14 +246,16 @@ GENERATED = {
     "inverted": lambda images, generator: -images,
     "permuted": lambda images, generator: permute_pixels(images, generator),
 }
-# name: (class in torchvision.datasets, its keyword arguments)
+# name: (class in torchvision.datasets, its keyword arguments, those that name the training and the test part)
+TRAIN_FLAG, SPLIT_NAME = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
 TORCHVISION = {
-    "fashion-mnist": ("FashionMNIST", {"train": False}),
-    "kmnist": ("KMNIST", {"train": False}),
-    "emnist-letters": ("EMNIST", {"train": False, "split": "letters"}),
-    "omniglot": ("Omniglot", {"background": False}),
-    "svhn": ("SVHN", {"split": "test"}),
-    "cifar10": ("CIFAR10", {"train": False}),
+    "fashion-mnist": ("FashionMNIST", {}, TRAIN_FLAG),
+    "kmnist": ("KMNIST", {}, TRAIN_FLAG),
+    "emnist-letters": ("EMNIST", {"split": "letters"}, TRAIN_FLAG),
+    "omniglot": ("Omniglot", {}, ({"background": True}, {"background": False})),
+    "svhn": ("SVHN", {}, SPLIT_NAME),
+    "cifar10": ("CIFAR10", {}, TRAIN_FLAG),
+    "cifar100": ("CIFAR100", {}, TRAIN_FLAG),
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -257,7 +279,8 @@ def load_ood(name, images, data_dir, limit, generator, download=False):
         made = GENERATED[name](images, generator)
         return made[torch.randperm(len(made), generator=generator)[:limit]].contiguous(), "made from the test images' shape"
     if name in TORCHVISION:
-        arrays = _torchvision_images(name, data_dir, download)
+        part = _torchvision_part(name, data_dir, download)
+        arrays = [part[index][0] for index in range(len(part))] if name == "omniglot" else _raw_images(part)
     elif Path(name).exists():
         arrays = _stored_images(Path(name))
     else:
@@ -289,19 +312,25 @@ def _stored_images(path):
     return [path] if path.suffix.lower() in IMAGE_SUFFIXES else _array_file(path)
 
 
-def _torchvision_images(name, data_dir, download):
-    """Return the raw images of a torchvision data set. Raises UserError where it is not there."""
+def _torchvision_part(name, data_dir, download, train=False):
+    """Return a part of a torchvision data set, downloaded where it is missing. Raises UserError where it cannot be had."""
     import torchvision.datasets
 
-    kind, settings = TORCHVISION[name]
-    try:
-        part = getattr(torchvision.datasets, kind)(data_dir, download=download, **settings)
-    except Exception as error:  # each of the six raises in its own way
-        raise UserError(f"{name} is not under {str(data_dir)!r}; --download fetches it where there is a network") from error
-    if kind == "Omniglot":
-        return [part[index][0] for index in range(len(part))]
+    kind, settings, parts = TORCHVISION[name]
+    settings, advice = {**settings, **parts[0 if train else 1]}, "" if download else "; --download fetches it"
+    for fetch in (False, True) if download else (False,):
+        try:
+            return getattr(torchvision.datasets, kind)(data_dir, download=fetch, **settings)
+        except Exception as error:  # each of the seven raises in its own way
+            reason, cause = (str(error).strip() or type(error).__name__).splitlines()[0], error
+    raise UserError(f"{name} is not under {str(data_dir)!r} ({reason}){advice}: name its folder with --data-dir") from cause
+
+
+def _raw_images(part):
+    """Return the images of a torchvision data set as an array, the right way up."""
     images = np.asarray(part.data)
-    return images.transpose(0, 2, 1) if kind == "EMNIST" else images  # whose files hold columns where MNIST's hold rows
+    turned = type(part).__name__ == "EMNIST"  # its files hold columns where MNIST's hold rows
+    return images.transpose(0, 2, 1) if turned else images
 
 
 def _array_file(path):

@@ -5,6 +5,7 @@ import shutil
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -155,3 +156,71 @@ def test_a_folder_trains_samples_and_is_evaluated(tmp_path):
     checkpoint = ["--checkpoint", str(tmp_path / "run" / "jem.pt"), "--data-dir", str(tmp_path / "mine")]
     evaluate.main([*checkpoint, "--dry-run"])
     assert (tmp_path / "run" / "samples-fresh-class-0-2.png").exists()
+
+
+def write_idx(raw, stem, pictures, labels):
+    raw.mkdir(parents=True, exist_ok=True)
+    header = np.array([2051, *pictures.shape], ">i4").tobytes()
+    (raw / f"{stem}-images-idx3-ubyte").write_bytes(header + pictures.tobytes())
+    (raw / f"{stem}-labels-idx1-ubyte").write_bytes(np.array([2049, len(labels)], ">i4").tobytes() + bytes(labels))
+
+
+@pytest.mark.parametrize("name, folder, first", [
+    ("fashion-mnist", "FashionMNIST", 0), ("kmnist", "KMNIST", 0), ("emnist-letters", "EMNIST", 1),
+])  # fmt: skip
+def test_mnists_kin_are_read_with_their_labels_and_the_right_way_up(tmp_path, name, folder, first):
+    labels = [first + number % 10 for number in range(200)]
+    picture = np.zeros((200, 28, 28), np.uint8)
+    picture[:, :7] = 255  # a bar at the top
+    stored = picture.transpose(0, 2, 1).copy() if folder == "EMNIST" else picture
+    for stem in ("emnist-letters-train", "emnist-letters-test") if folder == "EMNIST" else ("train", "t10k"):
+        write_idx(tmp_path / folder / "raw", stem, stored, labels)
+    dataset = data.load(name, tmp_path)
+    assert (dataset.num_classes, dataset.shape) == (10, (1, 28, 28))
+    assert [len(split.labels) for split in dataset[2:]] == [180, 20, 200]
+    assert dataset.test.labels.tolist() == [number % 10 for number in range(200)]
+    assert dataset.test.images[:, :, :7].min() == 1 and dataset.test.images[:, :, 7:].max() == -1
+
+
+@pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_read_with_its_labels_and_colours(tmp_path, monkeypatch, name, classes):
+    import pickle
+
+    from torchvision.datasets import CIFAR10, CIFAR100, cifar
+
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the files are not the real ones
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    labels = [number % classes for number in range(20 * classes)]
+    pixels = np.zeros((len(labels), 3, 1024), np.uint8)
+    pixels[:, 0] = 255  # red
+    batch = {"data": pixels.reshape(len(labels), -1), "labels" if name == "cifar10" else "fine_labels": labels}
+    for file, _ in (*kind.train_list, *kind.test_list):
+        (folder / file).write_bytes(pickle.dumps(batch))
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: list(map(str, range(classes)))}))
+    dataset = data.load(name, tmp_path)
+    assert (dataset.num_classes, dataset.shape) == (classes, (3, 32, 32)) and dataset.test.labels.tolist() == labels
+    assert dataset.train.images[:, 0].min() == 1 and dataset.train.images[:, 1:].max() == -1
+
+
+def test_svhn_is_read_with_its_labels_and_colours(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import svhn
+
+    monkeypatch.setattr(svhn, "check_integrity", lambda *_: True)
+    labels = np.array([number % 10 or 10 for number in range(200)], np.uint8)[:, None]  # its zeros are tens
+    pixels = np.zeros((32, 32, 3, 200), np.uint8)
+    pixels[:, :, 2] = 255  # blue
+    for part in ("train", "test"):
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": labels})
+    dataset = data.load("svhn", tmp_path)
+    assert (dataset.num_classes, dataset.shape) == (10, (3, 32, 32))
+    assert dataset.test.labels.tolist() == [number % 10 for number in range(200)]
+    assert dataset.train.images[:, 2].min() == 1 and dataset.train.images[:, :2].max() == -1
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "svhn", "cifar100"])
+def test_a_set_that_cannot_be_downloaded_says_what_to_do(tmp_path, no_network, name):
+    with pytest.raises(UserError, match=rf"{name} is not under .*--data-dir"):
+        data.load(name, tmp_path)
