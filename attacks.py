@@ -54,6 +54,13 @@ def pgd(
 
     Returns an Attack, detached. Raises ValueError for unusable settings and FloatingPointError, with the step, where
     the loss stops being finite.
+
+    A linear classifier of images of one pixel, x >= 0 or not: an attack of 0.1 on [0, 1] flips what lies within 0.2 of 0.
+
+    >>> x, labels = torch.tensor([0.1, 0.5]).view(2, 1, 1, 1), torch.tensor([1, 1])
+    >>> pgd(lambda x: torch.cat([-x.flatten(1), x.flatten(1)], 1), x, labels, "linf", 0.1).correct
+    tensor([False,  True])
+
     Sources: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (arXiv 1706.06083);
     Athalye et al., "Obfuscated Gradients Give a False Sense of Security" (arXiv 1802.00420), section 4.3.
     """

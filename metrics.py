@@ -101,6 +101,12 @@ def calibration(logits, labels, bins=15):
     logits: (N, K) float; labels: (N,) int in 0..K-1; bins: >= 1. Raises ValueError for others.
     Returns {"ece", "adaptive_ece", "mce", "bins", "reliability"}; reliability lists the bins of equal width, closed
     below, as {"low", "high", "count", "confidence", "accuracy"}, the last two None where the count is 0.
+
+    Nine times in ten sure, and right every time:
+
+    >>> logits = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+    >>> round(calibration(logits, torch.tensor([0, 1]))["ece"], 4)
+    0.1
     """
     logits, labels = _logits_and_labels(logits, labels)
     # torchmetrics gives a confidence of 1 in float32 a bin of its own; the largest float32 below 1 is in the last bin
@@ -150,6 +156,9 @@ def detection(scores_in, scores_out, name):
     Source: Hendrycks and Gimpel 2017, arXiv 1610.02136; for fpr95 Liang et al. 2018, arXiv 1706.02690.
     scores_in: (N,), scores_out: (M,) float, unbounded; name: of the score, for the error where one is not finite.
     Returns {"auroc", "average_precision", "fpr95", "n_in": N, "n_out": M}.
+
+    >>> detection(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([3.5, 8.0]), "energy")["auroc"]
+    0.875
     """
     inside = _finite(scores_in, f"{name} in distribution", 1).cpu().double()
     outside = _finite(scores_out, f"{name} out of distribution", 1).cpu().double()
@@ -207,6 +216,10 @@ def frechet_distance(features_a, features_b):
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S over N - 1; >= 0, what rounding puts below is 0. Comparable
     for one feature network and N only, being biased upwards at small N. Source: Heusel et al. 2017, arXiv 1706.08500.
     features_a: (N, D), features_b: (M, D) float, N and M >= 2. Raises ValueError for others.
+
+    >>> features = torch.randn(100, 3)
+    >>> round(frechet_distance(features, features + 2), 3)  # 2 in each of three directions
+    12.0
     """
     features_a, features_b = (features.cpu() for features in _two_feature_sets(features_a, features_b, least=2))
     network = nn.Identity()

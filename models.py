@@ -20,6 +20,9 @@ def energy(logits):
     """Return the marginal energy E(x) = -logsumexp_y f(x)[y].
 
     logits: (N, K) float. Returns (N,) float; low means likely. Source: arXiv 1912.03263, equation 7.
+
+    >>> energy(torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
+    tensor([-0.6931, -9.0001])
     """
     return -logits.logsumexp(1)
 
@@ -28,6 +31,9 @@ def joint_energy(logits, labels):
     """Return the joint energy E(x, y) = -f(x)[y].
 
     logits: (N, K) float; labels: (N,) int64 in 0..K-1. Returns (N,) float. Source: arXiv 1912.03263, equation 5.
+
+    >>> joint_energy(torch.tensor([[2.0, 3.0]]), torch.tensor([1]))
+    tensor([-3.])
     """
     return -logits.gather(1, labels[:, None]).squeeze(1)
 
@@ -36,6 +42,9 @@ def mixture_energy(logits, weights):
     """Return E(x, w) = -log sum_y w[y] exp f(x)[y], the energy of a mixture of the classes' densities.
 
     logits, weights: (N, K) float, weights >= 0 and one at least above 0 in each row. Returns (N,) float.
+
+    >>> mixture_energy(torch.tensor([[0.0, 0.0, 7.0]]), torch.tensor([[1.0, 1.0, 0.0]]))  # the third class is no part of it
+    tensor([-0.6931])
     """
     return -(logits + weights.log()).logsumexp(1)
 
@@ -45,6 +54,9 @@ def path_energy(logits, weights):
 
     logits, weights: (N, K) float. Returns (N,) float. Source of such paths: Neal, "Annealed importance sampling"
     (Statistics and Computing, 2001), equation 3.
+
+    >>> path_energy(torch.tensor([[2.0, 4.0]]), torch.tensor([[0.5, 0.5]]))
+    tensor([-3.])
     """
     return -(logits * weights).sum(1)
 

@@ -118,6 +118,15 @@ def run_chains(
 
     Returns (N, ...) float, detached. Raises ValueError for unusable settings and FloatingPointError, with the step,
     where an energy or the chains stop being finite.
+
+    At temperature 1, E = |x|^2 / 2 gives a standard normal distribution:
+
+    >>> def bowl(x):
+    ...     return x.square().sum(1) / 2
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> x = run_chains(bowl, torch.zeros(10_000, 2), 300, step_size=0.02, noise_std=0.04**0.5, generator=generator)
+    >>> [round(variance, 1) for variance in x.var(0).tolist()]
+    [1.0, 1.0]
     """
     check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size)
     if module is None and isinstance(energy, torch.nn.Module):
@@ -193,6 +202,10 @@ class GaussianRestart:
     full covariance.
 
     mean: (K, D). factor: (K, D, rank). shape: of one chain, D = product of shape.
+
+    >>> images, labels = torch.rand(100, 1, 4, 4) * 2 - 1, torch.arange(100) % 2
+    >>> GaussianRestart.fit(images, labels, num_classes=2, rank=3).draw(torch.tensor([0, 1, 1])).shape
+    torch.Size([3, 1, 4, 4])
     """
 
     kind = "gaussian"

@@ -151,6 +151,12 @@ class ReplayBuffer:
     images: (size, C, H, W) float, or of whatever shape the restart distribution draws; one tensor on the device.
     labels: (size,) int64, the class that a chain was started from, and that class-conditional chains keep.
     ages: (size,) int64, Langevin steps since the restart.
+
+    >>> buffer = ReplayBuffer(100, UniformRestart((1, 8, 8), num_classes=10), reinit_prob=0.05)
+    >>> slots, images, labels = buffer.draw(16)
+    >>> buffer.put(slots, run_chains(lambda x: x.square().sum((1, 2, 3)), images, 20, 0.1, 0.01), steps=20)
+    >>> int((buffer.ages == 20).sum())
+    16
     """
 
     def __init__(self, size, restart, reinit_prob, device="cpu", generator=None, long_chains=0, long_share=0.0):
@@ -210,12 +216,19 @@ def energy_loss(energy_positive, energy_negative):
     """Return mean E(data) - mean E(chains), whose gradient is that of -log p (arXiv 1912.03263, equation 2).
 
     Both (N,) float. Descending it lowers the energy of data and raises that of the chains.
+
+    >>> energy_loss(torch.tensor([-3.0, -1.0]), torch.tensor([1.0, 1.0]))
+    tensor(-3.)
     """
     return energy_positive.mean() - energy_negative.mean()
 
 
 def energy_regulariser(energy_positive, energy_negative):
-    """Return mean E(data)^2 + mean E(chains)^2, which keeps the level of E near 0 (arXiv 1903.08689, section 4)."""
+    """Return mean E(data)^2 + mean E(chains)^2, which keeps the level of E near 0 (arXiv 1903.08689, section 4).
+
+    >>> energy_regulariser(torch.tensor([-3.0, -1.0]), torch.tensor([1.0, 1.0]))
+    tensor(6.)
+    """
     return energy_positive.square().mean() + energy_negative.square().mean()
 
 
