@@ -111,7 +111,9 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser with the project's conventions: no abbreviations, defaults in the help, errors in one line."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        super().__init__(
+            usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+        )  # the flags stand below in their groups
 
     def error(self, message):
         """Print one sentence and exit with code 2; for a mistyped flag it names the nearest."""

@@ -23,6 +23,7 @@ def build_parser():
     cli.add_classifier_flag(start)
     start.add_argument("--from-scratch", action="store_true", help="start from random weights instead of a classifier")
     group.add_argument("--pretrain-epochs", type=cli.positive_int, help="epochs of the classifier, where it is trained first")
+    group = parser.add_argument_group("loss")
     group.add_argument(
         "--p-y-given-x-weight", type=cli.non_negative, default=1.0, help="weight of log p(y|x), the cross-entropy"
     )
