@@ -1,5 +1,6 @@
 """The benchmarks and examples go through and write what they promise."""
 
+import importlib
 import json
 import re
 import runpy
@@ -14,12 +15,19 @@ from runs import chain_energy
 from sgld import run_chains
 
 
-@pytest.fixture
-def time_to_quality(monkeypatch):
-    """The benchmark's names, as if imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield __import__("time_to_quality")
-    sys.modules.pop("time_to_quality")
+def benchmark(name):
+    """Make a fixture of a benchmark's names, as if imported."""
+
+    @pytest.fixture
+    def module(monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module(name)
+        sys.modules.pop(name)
+
+    return module
+
+
+time_to_quality, sgld_speed, costs = map(benchmark, ("time_to_quality", "sgld_speed", "costs"))
 
 
 def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path, time_to_quality, monkeypatch):
@@ -41,22 +49,6 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path
     table = (tmp_path / "quality.md").read_text()
     assert "| | scratch | diverging |" in table and "| runs that diverged | 0 of 2 | 2 of 2 |" in table and "±" in table
     assert (tmp_path / "quality.png").stat().st_size > 1000
-
-
-@pytest.fixture
-def sgld_speed(monkeypatch):
-    """The benchmark's names, as if imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield __import__("sgld_speed")
-    sys.modules.pop("sgld_speed")
-
-
-@pytest.fixture
-def costs(monkeypatch):
-    """The benchmark's names, as if imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield __import__("costs")
-    sys.modules.pop("costs")
 
 
 def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(tmp_path, sgld_speed, monkeypatch):
@@ -146,3 +138,10 @@ def test_the_walkthrough_goes_from_a_classifier_to_a_jem(tmp_path, monkeypatch, 
     assert after < before
     pictures = ["buffer-after", "buffer-before", "class-conditional", "classifier-chains", "denoised", "fresh-chains"]
     assert sorted(path.stem for path in tmp_path.iterdir()) == pictures
+
+
+def test_growth_compares_where_memory_settled_with_where_it_ended(monkeypatch):
+    soak = runpy.run_path(str(ROOT / "benchmarks" / "soak.py"), run_name="imported")
+    loading, flat, leaking = [50] * 10, [100] * 90, list(range(100, 190))
+    for memory, wanted in ((flat, (100, 100)), (leaking, (104.5, 184.5))):
+        assert soak["growth"]([[minute, value] for minute, value in enumerate(loading + memory)]) == wanted
