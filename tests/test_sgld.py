@@ -291,6 +291,21 @@ def test_the_leading_directions_of_many_coordinates_are_found_without_their_cova
     assert torch.equal(torch.random.get_rng_state(), state)  # the random start of the decomposition is its own
 
 
+def test_restarts_drawn_at_once_are_those_drawn_class_by_class():
+    restart = GaussianRestart(torch.rand(3, 8), torch.rand(3, 8, 2), (1, 2, 4))
+    z, labels = torch.randn(50, 2), torch.arange(50) % 3
+    torch.testing.assert_close(restart._at_once(z, labels), restart._by_class(z, labels))
+
+
+def test_chains_that_are_not_checked_come_back_as_they_are():
+    def broken(x):
+        return (x * float("nan")).sum(1)
+
+    assert run_chains(broken, torch.zeros(2, 3), 1, 0.1, 0.1, check=False).isnan().all()
+    with pytest.raises(FloatingPointError):
+        run_chains(broken, torch.zeros(2, 3), 1, 0.1, 0.1)
+
+
 def test_a_class_without_images_is_named():
     with pytest.raises(ValueError, match="class 1 has 0"):
         GaussianRestart.fit(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64), 2)
