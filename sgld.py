@@ -183,8 +183,8 @@ class UniformRestart:
     def __init__(self, shape, num_classes):
         self.shape, self.num_classes = tuple(shape), num_classes
 
-    def draw(self, labels, generator=None):
-        """Draw one start for each of labels (N,): (N, *shape) float in [-1, 1] on the labels' device."""
+    def draw(self, labels, generator=None, wanted=None):
+        """Draw one start for each of labels (N,): (N, *shape) float in [-1, 1] on the labels' device; wanted: any."""
         x = torch.rand((len(labels), *self.shape), device=labels.device, generator=generator)
         return x.mul_(2).sub_(1)
 
@@ -194,15 +194,16 @@ class UniformRestart:
 
 
 class GaussianRestart:
-    """Restart distribution of one Gaussian for each class, as in the informative initialisation of JEM++.
+    """Restart distribution of one or several Gaussians for each class, as in the informative initialisation of JEM++.
 
     x = mean_y + factor_y z, z ~ N(0, I): the class mean and the leading principal directions of the class's
     training images, each scaled by its standard deviation. With rank below the number of coordinates this is the
     Gaussian of full covariance without its smallest directions; at full rank it is that Gaussian.
     Source: Yang and Ji, "JEM++: Improved Techniques for Training JEM" (ICCV 2021), section 4.3, which keeps the
-    full covariance.
+    full covariance and has one Gaussian for each class.
 
-    mean: (K, D). factor: (K, D, rank). shape: of one chain, D = product of shape.
+    mean: (K C, D), the C Gaussians of a class one after the other. factor: (K C, D, rank). shape: of one chain, D = product
+    of shape. weights: (K, C), how often each of a class's Gaussians is drawn, or None for C = 1.
 
     >>> images, labels = torch.rand(100, 1, 4, 4) * 2 - 1, torch.arange(100) % 2
     >>> GaussianRestart.fit(images, labels, num_classes=2, rank=3).draw(torch.tensor([0, 1, 1])).shape
@@ -211,46 +212,64 @@ class GaussianRestart:
 
     kind = "gaussian"
 
-    def __init__(self, mean, factor, shape):
+    def __init__(self, mean, factor, shape, weights=None):
         self.mean, self.factor, self.shape = mean, factor, tuple(shape)
-        self.num_classes = len(mean)
+        self.weights = torch.ones(len(mean), 1, device=mean.device) if weights is None else weights
+        self.num_classes = len(self.weights)
 
     @classmethod
-    def fit(cls, images, labels, num_classes, rank=64):
-        """Fit to images (N, ...) float in [-1, 1] with labels (N,) in 0..K-1; every class needs two images."""
+    def fit(cls, images, labels, num_classes, rank=64, parts=None):
+        """Fit to images (N, ...) float in [-1, 1] with labels (N,) in 0..K-1; every class needs two images.
+
+        parts: (N,) int64 in 0..C-1, which of its class's Gaussians an image belongs to; None: C = 1. A part with fewer than
+        two images keeps its mean alone, and an empty one is never drawn.
+        """
         flat = images.flatten(1)
-        means, factors = [], []
+        parts = torch.zeros_like(labels) if parts is None else parts
+        count = int(parts.max()) + 1
+        means, factors, weights = [], [], []
         rank = min(rank, flat.shape[1])
         for label in range(num_classes):
-            members = flat[labels == label]
-            if len(members) < 2:
-                raise ValueError(f"class {label} has {len(members)} training images; a Gaussian needs at least 2")
-            mean = members.mean(0)
-            means.append(mean)
-            factors.append(_principal_factor(members - mean, rank))
-        return cls(torch.stack(means), torch.stack(factors), images.shape[1:])
+            if (size := int((labels == label).sum())) < 2:
+                raise ValueError(f"class {label} has {size} training images; a Gaussian needs at least 2")
+            for part in range(count):
+                members = flat[(labels == label) & (parts == part)]
+                weights.append(len(members) / size)
+                means.append(members.mean(0) if len(members) else torch.zeros_like(flat[0]))
+                enough = len(members) > 1
+                factors.append(_principal_factor(members - means[-1], rank) if enough else flat.new_zeros(flat.shape[1], rank))
+        weights = torch.tensor(weights, device=flat.device).view(num_classes, count)
+        return cls(torch.stack(means), torch.stack(factors), images.shape[1:], weights)
 
-    def draw(self, labels, generator=None):
-        """Draw one start for each of labels (N,) from its class: (N, *shape) float, clamped to [-1, 1]."""
+    def draw(self, labels, generator=None, wanted=None):
+        """Draw one start for each of labels (N,) from its class: (N, *shape) float, clamped to [-1, 1].
+
+        wanted: (N,) bool, the rows that are needed, or None for all; the others may hold anything, and what is drawn for
+        the wanted ones does not depend on it.
+        """
         z = torch.randn((len(labels), self.factor.shape[2]), device=labels.device, generator=generator)
-        x = self._by_class(z, labels) if labels.device.type == "cpu" else self._at_once(z, labels)
+        which = labels
+        if self.weights.shape[1] > 1:
+            which = labels * self.weights.shape[1] + torch.multinomial(self.weights[labels], 1, generator=generator).squeeze(1)
+        x = self._one_by_one(z, which, wanted) if labels.device.type == "cpu" else self._at_once(z, which)
         return x.clamp_(-1, 1).view(-1, *self.shape)
 
-    def _by_class(self, z, labels):
-        """Return mean_y + factor_y z, (N, D), class after class: the least work."""
-        x = torch.empty((len(labels), self.mean.shape[1]), device=labels.device)
-        for label in labels.unique():
-            of_class = labels == label
-            x[of_class] = self.mean[label] + z[of_class] @ self.factor[label].T
+    def _one_by_one(self, z, which, wanted):
+        """Return mean + factor z of the Gaussians `which`, (N, D), one Gaussian after the other: the least work."""
+        x = torch.zeros((len(which), self.mean.shape[1]))
+        for index in which.unique() if wanted is None else which[wanted].unique():
+            rows = which == index
+            x[rows] = self.mean[index] + z[rows] @ self.factor[index].T
         return x
 
-    def _at_once(self, z, labels):
-        """Return the same without the host having to know the labels: for a GPU that shall not be waited for."""
-        return self.mean[labels] + torch.bmm(self.factor[labels], z.unsqueeze(2)).squeeze(2)
+    def _at_once(self, z, which):
+        """Return the same without the host having to know `which`: for a GPU that shall not be waited for."""
+        return self.mean[which] + torch.bmm(self.factor[which], z.unsqueeze(2)).squeeze(2)
 
     def state_dict(self):
         """Return what `restart_from_state` needs: plain types and tensors."""
-        return {"kind": self.kind, "shape": list(self.shape), "mean": self.mean, "factor": self.factor}
+        tensors = {"mean": self.mean, "factor": self.factor, "weights": self.weights}
+        return {"kind": self.kind, "shape": list(self.shape), **tensors}
 
 
 def _principal_factor(centred, rank):
@@ -259,6 +278,11 @@ def _principal_factor(centred, rank):
     Beyond LARGE coordinates the covariance is never formed: a randomised decomposition finds the leading directions.
     """
     count, size = centred.shape
+    if count < size and count <= LARGE:  # the images' inner products have the same spectrum, and are fewer
+        directions = torch.linalg.eigh((centred @ centred.T).double())[1][:, -rank:].to(centred.dtype)
+        factor = centred.new_zeros(size, rank)
+        factor[:, : directions.shape[1]] = centred.T @ directions / (count - 1) ** 0.5
+        return factor
     if size <= LARGE:
         variances, directions = torch.linalg.eigh((centred.T @ centred / (count - 1)).double())
         return (directions[:, -rank:] * variances[-rank:].clamp_min(0).sqrt()).to(centred.dtype)
@@ -274,4 +298,5 @@ def restart_from_state(state, device="cpu"):
     """Rebuild a restart distribution from its state_dict on a device."""
     if state["kind"] == UniformRestart.kind:
         return UniformRestart(state["shape"], state["num_classes"])
-    return GaussianRestart(state["mean"].to(device), state["factor"].to(device), state["shape"])
+    weights = state["weights"].to(device) if "weights" in state else None
+    return GaussianRestart(state["mean"].to(device), state["factor"].to(device), state["shape"], weights)

@@ -73,6 +73,10 @@ def build_parser():
         "--restart", choices=("uniform", "gaussian"), default="gaussian",
         help="where chains start: uniform noise, or Gaussians fitted to the training images of each class",
     )  # fmt: skip
+    group.add_argument(
+        "--restart-parts", type=cli.positive_int, default=1,
+        help="Gaussians of each class, fitted to its clusters; chains then start nearer to data",
+    )  # fmt: skip
     group = cli.add_run_flags(parser)
     cli.add_rerun_flags(group)
     group.add_argument(
@@ -187,7 +191,7 @@ class ReplayBuffer:
         restarted = torch.rand(count, device=device, generator=generator) < self.reinit_prob
         restarted &= slots < ordinary
         one_each = restarted.view(-1, *[1] * (images.dim() - 1))
-        images = torch.where(one_each, self.restart.draw(labels, generator), images)
+        images = torch.where(one_each, self.restart.draw(labels, generator, restarted), images)
         self.ages[slots] = self.ages[slots].masked_fill(restarted, 0)
         return slots, images, labels
 
@@ -237,7 +241,27 @@ def make_restart(args, dataset, device):
     """Fit the restart distribution that --restart names."""
     if args.restart == "uniform":
         return UniformRestart(dataset.shape, dataset.num_classes)
-    return GaussianRestart.fit(dataset.train.images.to(device), dataset.train.labels.to(device), dataset.num_classes)
+    images, labels = dataset.train
+    parts = clusters(images, labels, args.restart_parts, args.seed).to(device) if args.restart_parts > 1 else None
+    return GaussianRestart.fit(images.to(device), labels.to(device), dataset.num_classes, parts=parts)
+
+
+def clusters(images, labels, count, seed):
+    """Cut each class into `count` clusters by k-means on its leading principal components; returns (N,) int64 in 0..count-1.
+
+    images: (N, C, H, W) float; labels: (N,) int64. A class of fewer images has fewer clusters.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
+    parts = torch.zeros_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        flat = images[members].flatten(1).numpy()
+        leading = PCA(min(30, *flat.shape), random_state=seed).fit_transform(flat)
+        found = KMeans(min(count, len(members)), n_init=1, random_state=seed).fit_predict(leading)
+        parts[members] = torch.from_numpy(found).long()
+    return parts
 
 
 def sgld_settings(args):

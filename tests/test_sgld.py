@@ -291,10 +291,39 @@ def test_the_leading_directions_of_many_coordinates_are_found_without_their_cova
     assert torch.equal(torch.random.get_rng_state(), state)  # the random start of the decomposition is its own
 
 
+def test_a_class_of_two_clusters_is_drawn_from_a_gaussian_for_each():
+    parts = torch.tensor([0, 0, 0, 1]).repeat(1000)
+    x = torch.where(parts == 0, -0.5, 0.5)[:, None] + 0.05 * torch.randn(4000, 3, generator=generator())
+    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), torch.zeros(4000, dtype=torch.int64), 1, parts=parts)
+    drawn = restart.draw(torch.zeros(4000, dtype=torch.int64), generator(1)).flatten(1)
+    left = drawn[:, 0] < 0
+    assert abs(left.float().mean() - 0.75) < 0.03 and restart.num_classes == 1
+    for rows, centre in ((left, -0.5), (~left, 0.5)):
+        torch.testing.assert_close(drawn[rows].mean(0), torch.full((3,), centre), atol=0.01, rtol=0)
+        torch.testing.assert_close(drawn[rows].std(0), torch.full((3,), 0.05), atol=0.005, rtol=0)
+    again = restart_from_state(restart.state_dict())
+    assert torch.equal(
+        again.draw(torch.zeros(9, dtype=torch.int64), generator()), restart.draw(torch.zeros(9, dtype=torch.int64), generator())
+    )
+
+
+def test_rows_that_are_wanted_do_not_depend_on_which_others_are():
+    restart = GaussianRestart(torch.rand(3, 8), torch.rand(3, 8, 2), (8,))
+    labels, wanted = torch.arange(60) % 3, torch.arange(60) % 7 == 0
+    some, every = (restart.draw(labels, generator(), rows) for rows in (wanted, None))
+    assert torch.equal(some[wanted], every[wanted])
+
+
+def test_few_images_of_many_pixels_have_the_covariance_they_have():
+    x = torch.rand(20, 100, generator=generator()) - 0.5
+    restart = GaussianRestart.fit(x.view(-1, 1, 10, 10), torch.zeros(20, dtype=torch.int64), 1)
+    torch.testing.assert_close(restart.factor[0] @ restart.factor[0].T, torch.cov(x.T), atol=1e-5, rtol=1e-3)
+
+
 def test_restarts_drawn_at_once_are_those_drawn_class_by_class():
     restart = GaussianRestart(torch.rand(3, 8), torch.rand(3, 8, 2), (1, 2, 4))
     z, labels = torch.randn(50, 2), torch.arange(50) % 3
-    torch.testing.assert_close(restart._at_once(z, labels), restart._by_class(z, labels))
+    torch.testing.assert_close(restart._at_once(z, labels), restart._one_by_one(z, labels, None))
 
 
 def test_chains_that_are_not_checked_come_back_as_they_are():

@@ -259,3 +259,13 @@ def test_divergence_is_named_with_its_iteration(tmp_path, capsys):
         train_jem.main([*TINY, "--from-scratch", *flags, "--out-dir", str(tmp_path)])
     assert caught.value.code == 1
     assert re.search(r"^error: training diverged at iteration \d+: .* not finite .*--lr", capsys.readouterr().err)
+
+
+def test_clusters_cut_a_class_by_what_its_images_look_like():
+    images = torch.randn(60, 1, 4, 4) * 0.01 + torch.tensor([-0.5, 0.5]).repeat(30)[:, None, None, None]
+    labels = torch.zeros(60, dtype=torch.int64)
+    labels[-4:] = 1
+    parts = train_jem.clusters(images, labels, 2, seed=0)
+    first = parts[:56]
+    assert len(first[::2].unique()) == len(first[1::2].unique()) == 1 and first[0] != first[1]
+    assert set(train_jem.clusters(images, labels, 10, seed=0)[-4:].tolist()) == {0, 1, 2, 3}  # a class of four has four
