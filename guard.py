@@ -82,12 +82,12 @@ def remedied(args, rollbacks):
     return Namespace(**changed)
 
 
-def snapshot(run, buffer):
-    """Return a copy of all that a training can be taken back to."""
-    return copy.deepcopy({"training": run.state_dict(), "buffer": buffer.state_dict()})
+def snapshot(run, buffer, guard):
+    """Return a copy of all that a training can be taken back to, with what its guard knew by then."""
+    return copy.deepcopy({"training": run.state_dict(), "buffer": buffer.state_dict(), "guard": guard.state_dict()})
 
 
-def roll_back(run, buffer, healthy, error):
+def roll_back(run, buffer, guard, healthy, error):
     """Take a run that left its healthy range back to the last of its healthy states and change what `remedied` says.
 
     healthy: deque of snapshots; the last is used up unless it is the only one, so that the next rollback
@@ -102,6 +102,7 @@ def roll_back(run, buffer, healthy, error):
     run.roll_back(copy.deepcopy(state["training"]), rollbacks)  # the optimiser changes what it is given in place
     buffer.load_state_dict(state["buffer"])
     buffer.restart_broken(run.generator)
+    guard.load_state_dict(state["guard"])
     now = run.settings
     print(
         f"training left its healthy range at {found}; back to iteration {run.step} with other noise, rollback {rollbacks} of "

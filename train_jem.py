@@ -350,9 +350,10 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             old.unlink()  # of a run that is being overwritten
         save_grids(run, buffer)
 
-    guard, healthy = Guard(), deque([snapshot(run, buffer)], maxlen=3)
+    guard = Guard()
     if resumed:
         guard.load_state_dict(resumed["guard"])
+    healthy = deque([snapshot(run, buffer, guard)], maxlen=3)
     for images, labels in run.batches():
         try:
             iterate(run, buffer, images, labels)
@@ -363,10 +364,9 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             elif run.step % args.log_every == 0:
                 row = run.write_row()
             if row and not args.no_guard and guard.judge(row):
-                healthy.append(snapshot(run, buffer))
+                healthy.append(snapshot(run, buffer, guard))
         except ArithmeticError as error:
-            guard = Guard()
-            roll_back(run, buffer, healthy, error)
+            roll_back(run, buffer, guard, healthy, error)
             continue
         if run.save_is_due():
             checkpoint = make_checkpoint(run, buffer, guard)

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections import deque
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import TINY
 
 import runs
 import train_jem
-from guard import GAP, ROWS, SETTLED_ROWS, SNAPSHOT_ROWS, Diverged, Guard, remedied
+from guard import GAP, ROWS, SETTLED_ROWS, SNAPSHOT_ROWS, Diverged, Guard, remedied, roll_back, snapshot
 
 HEALTHY = {"energy_gap": 0.3, "energy_positive": -1.0, "accuracy": 0.95, "chain_saturated": 0.6}
 
@@ -111,6 +112,37 @@ def test_a_run_that_is_damaged_once_recovers_and_records_it(tmp_path, monkeypatc
     rows = runs.read_metrics(tmp_path / "metrics.csv")
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and {"0", "1"} <= {row["rollbacks"] for row in rows}
+
+
+def test_a_run_that_goes_the_same_way_after_a_rollback_is_found_again():
+    class Part:
+        """Stands for a run, or its buffer, of which nothing but the guard matters here."""
+
+        rollbacks, step = 0, 100
+        args = settings = train_jem.parse_args(TINY)
+        generator = None
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+        restart_broken = load_state_dict
+
+        def roll_back(self, state, rollbacks):
+            self.rollbacks = rollbacks
+
+    run, guard = Part(), settled()
+    healthy = deque([snapshot(run, run, Guard()), snapshot(run, run, guard)])
+    for rollbacks in (1, 2):
+        for _ in range(ROWS - 1):
+            guard.judge({**HEALTHY, "energy_gap": 9.0})
+        with pytest.raises(Diverged) as caught:
+            guard.judge({**HEALTHY, "energy_gap": 9.0})
+        healthy = deque([healthy[0], snapshot(run, run, settled())])
+        roll_back(run, run, guard, healthy, caught.value)
+        assert run.rollbacks == rollbacks and guard.out == 0 and guard.near == SETTLED_ROWS
 
 
 def test_without_the_guard_only_what_is_not_finite_ends_a_run(tmp_path, monkeypatch, capsys):
