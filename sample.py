@@ -227,8 +227,8 @@ def main(argv=None):
             if append:
                 append(images, labels)
             free = GRID_CHAINS - sum(map(len, shown["images"]))
-            for kind, values in (("starts", starts), ("images", images), ("labels", labels)):
-                shown[kind].append(values[:free] if values is not None else None)
+            for kind, values in (("starts", starts), ("images", images), ("labels", labels)) if free else ():
+                shown[kind].append(values[:free].clone() if values is not None else None)  # a view would keep its whole block
         images = torch.cat(shown["images"])
         count = len(images)
         if args.interpolate:

@@ -76,7 +76,7 @@ def test_blocks_hold_no_more_chains_than_asked_and_all_of_them_together(checkpoi
     assert sizes == [10, 10, 3]
 
 
-def test_ten_thousand_images_need_no_more_memory_than_one_thousand(tmp_path):
+def test_thirty_thousand_images_need_no_more_memory_than_one_thousand(tmp_path):
     config = {"arch": "small-cnn", "num_classes": 10, "channels": 1, "image_size": 28, "width": 2, "depth": 2}
     restart = {"kind": "uniform", "shape": [1, 28, 28], "num_classes": 10}
     runs.save_checkpoint(
@@ -90,7 +90,7 @@ def test_ten_thousand_images_need_no_more_memory_than_one_thousand(tmp_path):
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     peaks = []
-    for num in ("1000", "10000"):
+    for num in ("1000", "30000"):
         flags = [
             "--checkpoint",
             str(tmp_path / "jem.pt"),
@@ -103,9 +103,9 @@ def test_ten_thousand_images_need_no_more_memory_than_one_thousand(tmp_path):
         ]
         done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split("peak ")[1]))
-    assert peaks[1] < peaks[0] + 15, peaks  # MiB; the images alone are 30
+    assert peaks[1] < peaks[0] + 30, peaks  # MiB; the images alone are 90
     with np.load(tmp_path / "a.npz") as arrays:
-        assert arrays["images"].shape == (10_000, 1, 28, 28)
+        assert arrays["images"].shape == (30_000, 1, 28, 28)
 
 
 @pytest.fixture
