@@ -32,10 +32,7 @@ def parse_args(argv=None):
         "--checkpoint", metavar="FILE", help="a jem.pt for the memory of sample.py; without it one is trained on the digits"
     )
     parser.add_argument("--out-dir", default="results/costs", help="folder that receives everything the script writes")
-    args = parser.parse_args(argv)
-    if args.checkpoint and not os.path.isfile(args.checkpoint):
-        parser.error(f"there is no checkpoint {args.checkpoint!r}: name another with --checkpoint")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -149,6 +146,8 @@ def main(argv=None):
     """Run the script with a list of arguments, or with the command line's."""
     args = parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
+    if args.checkpoint and not os.path.isfile(args.checkpoint):
+        raise cli.UserError(f"there is no checkpoint {args.checkpoint!r}: name another with --checkpoint")
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     found = measure(args, runs.pick_device(args.device))

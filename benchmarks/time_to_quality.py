@@ -53,8 +53,6 @@ def parse_args(argv=None):
     parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set")
     parser.add_argument("--out-dir", default="results/quality", help="folder that receives everything the script writes")
     args = parser.parse_args(argv)
-    if args.kmnist and not os.path.isfile(args.kmnist):
-        parser.error(f"there is no file --kmnist {args.kmnist!r}")
     args.variant = [word.partition(":")[::2] for word in args.variant or ["preset:"]]
     return args
 
@@ -164,6 +162,8 @@ def main(argv=None):
     """Run the script with a list of arguments, or with the command line's."""
     args = parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
+    if args.kmnist and not os.path.isfile(args.kmnist):
+        raise cli.UserError(f"there is no file {args.kmnist!r}: name KMNIST's test images with --kmnist, or leave it out")
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
