@@ -1,4 +1,4 @@
-"""From a classifier to a joint energy-based model, cell by cell, on the bundled digits: some four minutes on two cores.
+"""From a classifier to a joint energy-based model, cell by cell, on the bundled digits: a minute on two cores.
 
     python examples/walkthrough.py
 
