@@ -64,7 +64,8 @@ def pgd(
     Sources: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (arXiv 1706.06083);
     Athalye et al., "Obfuscated Gradients Give a False Sense of Security" (arXiv 1802.00420), section 4.3.
     """
-    _check(x, norm, eps, steps, step_size, restarts, samples)
+    _check(norm, eps, steps, step_size, restarts, samples)
+    _check_pixels(x)
     radius = 2 * eps
     step_length = 2 * (2.5 * eps / steps if step_size is None else step_size)
     x = x.detach()
@@ -96,7 +97,7 @@ def single_step(logits_of, x, labels, norm, eps, *, step_size=None, generator=No
     Source: Wong et al., "Fast is better than free: Revisiting adversarial training" (arXiv 2001.03994), algorithm 3.
     """
     x = x.detach().clamp(-1, 1)
-    _check(None, norm, eps, 1, step_size, 1, 1)  # its pixels were just clamped, and looking would wait for a GPU
+    _check(norm, eps, 1, step_size, 1, 1)
     radius, step_length = 2 * eps, 2 * (1.25 * eps if step_size is None else step_size)
     delta = _random_start(x, norm, radius, generator)
     with sgld.frozen(_module_of(logits_of, module)):
@@ -154,7 +155,8 @@ def distal(logits_of, x, targets, *, steps, step_size, module=None):
     data: Hein et al., "Why ReLU networks yield high-confidence predictions far away from the training data"
     (arXiv 1812.05720).
     """
-    _check(x, "l2", 0, steps, step_size, 1, 1)
+    _check("l2", 0, steps, step_size, 1, 1)
+    _check_pixels(x)
     x = x.detach()
     losses = []
     with sgld.frozen(_module_of(logits_of, module)):
@@ -254,8 +256,8 @@ def _random_start(x, norm, radius, generator):
     return direction * radius * share ** (1 / x[0].numel())
 
 
-def _check(x, norm, eps, steps, step_size, restarts, samples):
-    """Refuse settings that cannot mean anything, and images (None: not looked at) that are not scaled."""
+def _check(norm, eps, steps, step_size, restarts, samples):
+    """Refuse settings that cannot mean anything."""
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
     if not 0 <= eps < float("inf"):
@@ -265,7 +267,11 @@ def _check(x, norm, eps, steps, step_size, restarts, samples):
     for name, value in (("steps", steps), ("restarts", restarts), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
-    if x is not None and not (x.abs() <= 1).all():
+
+
+def _check_pixels(x):
+    """Refuse images that are not scaled."""
+    if not (x.abs() <= 1).all():
         raise ValueError("x must have pixels in [-1, 1]: scale the images first")
 
 

@@ -31,9 +31,8 @@ class Chains:
         self.checkpoint, self.args, self.device = checkpoint, args, device
         self.model = runs.load_model(checkpoint, device)
         conditional = mixture_energy if args.mixture else path_energy if args.interpolate else joint_energy
-        self.energy_of = runs.chain_energy(self.model, device, runs.pick_precision(args.precision, device), conditional)
-        if args.compile:
-            self.energy_of = runs.Compiled(self.energy_of, device)
+        precision = runs.pick_precision(args.precision, device)
+        self.energy_of = runs.chain_energy(self.model, device, precision, conditional, args.compile)
         self.settings = runs.chain_settings(checkpoint)
         self.settings.update({name: getattr(args, name) for name in ("step_size", "noise_std") if name in args.given})
         if args.denoise:
@@ -110,18 +109,17 @@ class Chains:
 
     def _run(self, x, steps, condition, watched=False):
         """Run chains; held pixels are put back after every step, and frames are kept where the chains are watched."""
-        held, done = x, 0
-        stride = 1 if self.free is not None else max(steps // FRAMES, 1) if watched else max(steps, 1)
+        held, between = x, max(steps // FRAMES, 1)
+        piece = 1 if self.free is not None else between if watched else max(steps, 1)
+        settings = {"labels": condition, "module": self.model, "generator": self.generator, **self.settings}
         if watched:
             self.frames.append(x[:GRID_CHAINS])
-        while done < steps:
-            piece = min(stride, steps - done)
-            settings = {"labels": condition, "module": self.model, "generator": self.generator, **self.settings}
-            x = run_chains(self.energy_of, x, piece, **settings)
-            done += piece
+        for done in range(0, steps, piece):
+            ends = min(done + piece, steps)
+            x = run_chains(self.energy_of, x, ends - done, **settings)
             if self.free is not None:
                 x = torch.where(self.free, x, held)
-            if watched and (done % max(steps // FRAMES, 1) == 0 or done == steps):
+            if watched and (ends % between == 0 or ends == steps):
                 self.frames.append(x[:GRID_CHAINS])
         return x
 

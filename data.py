@@ -150,8 +150,7 @@ def _load_folder(data_dir, image_size):
         )
     if strange := sorted(set(found[-1]) - set(classes)):
         raise UserError(f"{str(parts[-1])!r} has classes that are not in train/: {', '.join(strange)}; rename or remove them")
-    modes = set()
-    pictures = [[_picture(path, modes) for name in classes for path in part.get(name, [])] for part in found]
+    pictures = [[_picture(path) for name in classes for path in part.get(name, [])] for part in found]
     labels = [torch.tensor([index for index, name in enumerate(classes) for _ in part.get(name, [])]) for part in found]
     sizes = {picture.size for part in pictures for picture in part}
     if image_size:
@@ -161,7 +160,7 @@ def _load_folder(data_dir, image_size):
     elif len(sizes) > 1 or any(width != height for width, height in sizes):
         shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:4])
         raise UserError(f"the images under {str(root)!r} are not of one square size ({shown}): give one with --image-size")
-    mode = "L" if modes <= {"1", "L", "LA"} else "RGB"
+    mode = "RGB" if any(picture.mode == "RGB" for part in pictures for picture in part) else "L"
     splits = []
     for part, classes_of in zip(pictures, labels, strict=True):
         pixels = torch.from_numpy(np.stack([np.asarray(picture.convert(mode)) for picture in part]))
@@ -186,12 +185,11 @@ def _class_files(folder):
     return {name: paths for name, paths in files.items() if paths}
 
 
-def _picture(path, modes):
-    """Read an image file whole, and add its mode to a set."""
+def _picture(path, mode=None):
+    """Read an image file whole, as grey ("L") or colour ("RGB"), by default whichever of them it is."""
     try:
         with Image.open(path) as picture:
-            modes.add(picture.mode)
-            return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+            return picture.convert(mode or ("L" if picture.mode in ("1", "L", "LA") else "RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{str(path)!r} cannot be read as an image: remove or replace it") from error
 
@@ -287,7 +285,7 @@ def load_ood(name, images, data_dir, limit, generator, download=False):
         known = ", ".join([*GENERATED, *TORCHVISION])
         raise UserError(f"--ood {name!r} is neither a file, nor a folder, nor one of {known}")
     chosen = torch.randperm(len(arrays), generator=generator)[:limit].sort().values.tolist()
-    return _fit_shape([arrays[index] for index in chosen], images.shape[1:], name)
+    return _fit_shape([arrays[index] for index in chosen], images.shape[1:])
 
 
 def load_images(path, shape, limit):
@@ -299,7 +297,7 @@ def load_images(path, shape, limit):
     if not Path(path).exists():
         raise UserError(f"there is no {path!r}: name an image, a folder of images, or an .npz or .npy file of them")
     arrays = _stored_images(Path(path))
-    return _fit_shape([arrays[index] for index in range(min(limit, len(arrays)))], shape, path)[0]
+    return _fit_shape([arrays[index] for index in range(min(limit, len(arrays)))], shape)[0]
 
 
 def _stored_images(path):
@@ -356,18 +354,14 @@ def _array_file(path):
     return loaded
 
 
-def _fit_shape(arrays, shape, name):
+def _fit_shape(arrays, shape):
     """Bring images (arrays, PIL images or files) to a shape (C, H, W), pixels in [-1, 1]; returns them and what was done."""
     channels, height, width = shape
     done, fitted = set(), []
     for array in arrays:
         if isinstance(array, Path):
-            try:
-                with Image.open(array) as picture:
-                    array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-                done.add(f"read as {'grey' if channels == 1 else 'colour'}")
-            except (OSError, ValueError) as error:
-                raise UserError(f"{str(array)!r} cannot be read as an image: remove it from {name!r}") from error
+            array = np.asarray(_picture(array, "L" if channels == 1 else "RGB"))
+            done.add(f"read as {'grey' if channels == 1 else 'colour'}")
         image = torch.as_tensor(np.array(array, copy=True))
         image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         if image.ndim == 2:

@@ -32,8 +32,6 @@ import torch
 import runs
 from cli import UserError
 
-KEPT = ("model_config", "dataset", "sgld", "conditional", "finished")
-
 
 def small(checkpoint, rank, chains):
     """Return the dict of a small checkpoint: weights, restarts and the first chains as float16, the rest as it is.
@@ -52,7 +50,7 @@ def small(checkpoint, rank, chains):
         strongest = restart["factor"].square().sum(1).argsort(dim=1, descending=True)[:, :rank]
         restart["factor"] = restart["factor"].gather(2, strongest[:, None].expand(-1, restart["factor"].shape[1], -1))
     buffer = {name: value[:chains].clone() for name, value in checkpoint["buffer"].items()}
-    kept = {name: checkpoint[name] for name in KEPT}
+    kept = {name: checkpoint[name] for name in runs.NEEDED["jem"]}
     return {**kept, "model": halved(checkpoint["model"]), "restart": halved(restart), "buffer": halved(buffer)}
 
 

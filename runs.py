@@ -83,10 +83,11 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def chain_energy(model, device, precision, conditional=joint_energy):
+def chain_energy(model, device, precision, conditional=joint_energy, compiled=False):
     """Return a network's energy as sgld.run_chains wants it: E(x) of (x), (N,) float32.
 
     Called as (x, labels) it returns conditional(logits, labels) instead: E(x, y) or another energy of models.py.
+    compiled: run it through torch.compile, see `Compiled`.
     """
 
     def energy_of(x, labels=None):
@@ -94,7 +95,7 @@ def chain_energy(model, device, precision, conditional=joint_energy):
             logits = model(x).float()
         return energy(logits) if labels is None else conditional(logits, labels)
 
-    return energy_of
+    return Compiled(energy_of, device) if compiled else energy_of
 
 
 class Compiled:

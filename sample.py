@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import cli
 
+CONDITIONS = ("class_label", "mixture", "interpolate")  # flags that name classes, of which one may be given
+
 
 def build_parser():
     """Return the parser of this script's command line."""
@@ -88,7 +90,7 @@ def parse_args(argv=None):
     """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
     parser = build_parser()
     args = cli.parse(parser, argv)
-    for name in ("class_label", "mixture", "interpolate"):
+    for name in CONDITIONS:
         classes = getattr(args, name)
         if classes and len(set(classes)) < len(classes):
             parser.error(f"--{name.replace('_', '-')} names a class twice")
@@ -169,7 +171,7 @@ def array_writer(path, shape):
 def check_against_checkpoint(args, checkpoint):
     """Complete the flags whose defaults are the training's. Raises UserError for what the model cannot do."""
     num_classes = checkpoint["model_config"]["num_classes"]
-    for name in ("class_label", "mixture", "interpolate"):
+    for name in CONDITIONS:
         if (classes := getattr(args, name)) and max(classes) >= num_classes:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {max(classes)}: the model has the classes 0 to {num_classes - 1}")
@@ -200,7 +202,7 @@ def pairs(starts, images, columns=4):
 def name_of(args):
     """Return the stem of the files that a drawing goes to."""
     words = ["samples", "images" if args.from_images else args.source]
-    for name in ("class_label", "mixture", "interpolate"):
+    for name in CONDITIONS:
         if classes := getattr(args, name):
             words += [name.removesuffix("_label"), *map(str, classes)]
     if args.inpaint:

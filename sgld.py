@@ -280,18 +280,16 @@ def _principal_factor(centred, rank):
     count, size = centred.shape
     if count < size and count <= LARGE:  # the images' inner products have the same spectrum, and are fewer
         directions = torch.linalg.eigh((centred @ centred.T).double())[1][:, -rank:].to(centred.dtype)
-        factor = centred.new_zeros(size, rank)
-        factor[:, : directions.shape[1]] = centred.T @ directions / (count - 1) ** 0.5
-        return factor
-    if size <= LARGE:
+        leading = centred.T @ directions / (count - 1) ** 0.5
+    elif size <= LARGE:
         variances, directions = torch.linalg.eigh((centred.T @ centred / (count - 1)).double())
-        return (directions[:, -rank:] * variances[-rank:].clamp_min(0).sqrt()).to(centred.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, singular, directions = torch.pca_lowrank(centred, q=min(rank, count), center=False, niter=4)
-    factor = centred.new_zeros(size, rank)  # columns of nothing where the class has fewer images than rank
-    factor[:, : len(singular)] = directions * singular / (count - 1) ** 0.5
-    return factor
+        leading = (directions[:, -rank:] * variances[-rank:].clamp_min(0).sqrt()).to(centred.dtype)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _, singular, directions = torch.pca_lowrank(centred, q=min(rank, count), center=False, niter=4)
+        leading = directions * singular / (count - 1) ** 0.5
+    return torch.nn.functional.pad(leading, (0, rank - leading.shape[1]))  # nothing where images are fewer than rank
 
 
 def restart_from_state(state, device="cpu"):

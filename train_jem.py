@@ -134,7 +134,6 @@ import runs
 import train_classifier
 from attacks import single_step
 from cli import UserError
-from data import to_unit
 from guard import Guard, roll_back, snapshot
 from models import energy, joint_energy, predict
 from sgld import GaussianRestart, UniformRestart, run_chains
@@ -368,12 +367,14 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
         except ArithmeticError as error:
             roll_back(run, buffer, guard, healthy, error)
             continue
-        if run.save_is_due():
+        due = run.save_is_due()
+        if due:
             checkpoint = make_checkpoint(run, buffer, guard)
             run.save(checkpoint)
-            plots.save_grid(buffer.images[:GRID_CHAINS], folder / "samples.png")
         if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
             save_grids(run, buffer)
+        elif due:
+            plots.save_grid(buffer.images[:GRID_CHAINS], folder / "samples.png")
     if not (checkpoint and checkpoint["finished"]):  # the budget of minutes ended in a rollback
         checkpoint = make_checkpoint(run, buffer, guard)
         run.save(checkpoint)
@@ -404,7 +405,7 @@ def save_grids(run, buffer):
     for path in (run.folder / "samples.png", grids / f"epoch-{run.step / run.epoch_steps:05.1f}.png"):
         plots.save_grid(buffer.images[:GRID_CHAINS], path)
     if run.board:
-        run.board.add_images("buffer", to_unit(buffer.images[:GRID_CHAINS]), run.step)
+        run.board.add_images("buffer", data.to_unit(buffer.images[:GRID_CHAINS]), run.step)
         run.board.add_histogram("chain age [steps]", buffer.ages, run.step)
         for name, images in (("validation images", run.dataset.val.images), ("chains", buffer.images)):
             run.board.add_histogram(f"energy of {name}", energy(predict(run.averaged, images[:1000])), run.step)

@@ -74,9 +74,8 @@ class Training:
         self.model = build_model(**self.model_config).to(device)
         if weights is not None:
             self.model.load_state_dict(weights)
-        self.energy_of = runs.chain_energy(self.model, device, self.precision)
-        if getattr(args, "compile", False):
-            self.energy_of = runs.Compiled(self.energy_of, device)
+        compiled = getattr(args, "compile", False)  # the classifier's training runs no chains and has no such flag
+        self.energy_of = runs.chain_energy(self.model, device, self.precision, compiled=compiled)
         self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
         self.generator = torch.Generator(device).manual_seed(args.seed)

@@ -80,18 +80,19 @@ def paper_chains(model, x, steps):
     return x.detach()
 
 
+def chains_of(energy_of, module):
+    """Return a callable (x, steps) that runs our chains on an energy."""
+    return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=module)
+
+
 def methods(model, device, args):
     """Return {name: callable (x, steps)} of every way to run chains that this machine has."""
     energies = {"ours": runs.chain_energy(model, device, runs.pick_precision("auto", device))}
     energies["ours, float32"] = runs.chain_energy(model, device, "float32")
     if args.compile:
         energies["ours, compiled"] = runs.Compiled(energies["ours"], device)
-
-    def chains_of(energy_of):
-        return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=model)
-
     return {
-        **{name: chains_of(energy_of) for name, energy_of in energies.items()},
+        **{name: chains_of(energy_of, model) for name, energy_of in energies.items()},
         "the paper's": lambda x, steps: paper_chains(model, x, steps),
         **other_library(model),
     }
@@ -101,6 +102,7 @@ def loop(energy_and_slope, model, one_call=False, in_place=False):
     """Return a callable (x, steps) of the bare chain: run_chains without its checks, for what varies inside the loop."""
 
     def run(x, steps):
+        """Run chains from x, which is left as it is."""
         x = x.clone()
         with frozen(model):
             eps = torch.randn((steps, *x.shape), device=x.device) if one_call else None
@@ -117,8 +119,12 @@ def loop(energy_and_slope, model, one_call=False, in_place=False):
     return run
 
 
-def candidates(model, device):
-    """Return {name: callable (x, steps)} of what could make the step of the MNIST preset's network cheaper, or did."""
+def candidates(model, x):
+    """Return {name: callable (x, steps)} of what could make the step of the MNIST preset's network cheaper, or did.
+
+    x: (N, C, H, W) float, images of the shape that will be asked for; on their device everything is to run.
+    """
+    device = x.device
     precision = runs.pick_precision("auto", device)
     now = runs.chain_energy(model, device, precision)
     plain = copy.deepcopy(model)
@@ -134,19 +140,15 @@ def candidates(model, device):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return run_chains(now, x, steps, **SGLD, module=model)
+            return chains_of(now, model)(x, steps)
         finally:
             torch.set_num_threads(threads)
 
-    def traced(x, steps):
-        if not hasattr(traced, "graph"):
-            with frozen(model):
-                traced.graph = make_fx(lambda x: energy_and_gradient(now, x))(x)
-        return loop(traced.graph, model)(x, steps)
+    def slope(x):
+        return energy_and_gradient(now, x)
 
-    def chains_of(energy_of, module):
-        return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=module)
-
+    with frozen(model):
+        graph = make_fx(slope)(x)
     return {
         "as it is": chains_of(now, model),
         "first layer as one strided 5x5 convolution": chains_of(runs.chain_energy(plain, device, precision), plain),
@@ -154,10 +156,10 @@ def candidates(model, device):
         "weights not channels_last": chains_of(runs.chain_energy(contiguous, device, precision), contiguous),
         "weights kept cast to bf16": chains_of(cast_energy, model),
         "parameters wanting gradients": chains_of(now, None),
-        "without the checks for finite values": loop(lambda x: energy_and_gradient(now, x), model),
-        "the same, updates in place": loop(lambda x: energy_and_gradient(now, x), model, in_place=True),
-        "the same, all noise in one call": loop(lambda x: energy_and_gradient(now, x), model, one_call=True),
-        "the same, a traced graph without autograd": traced,
+        "without the checks for finite values": loop(slope, model),
+        "the same, updates in place": loop(slope, model, in_place=True),
+        "the same, all noise in one call": loop(slope, model, one_call=True),
+        "the same, a traced graph without autograd": loop(graph, model),
         "one thread": one_thread,
     }
 
@@ -167,7 +169,7 @@ def time_candidates(args, device):
     torch.manual_seed(0)
     model = build_model(num_classes=10, **NETWORKS["small-cnn"]).to(device)
     x, steps = 2 * torch.rand(64, 1, 28, 28, device=device) - 1, 5
-    work = candidates(model, device)
+    work = candidates(model, x)
     taken = {name: [] for name in work}
     for round_ in range(4 * args.rounds + 1):
         for name, call in work.items():
