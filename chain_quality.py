@@ -1,6 +1,7 @@
 """What evaluate.py measures of the generator in a JEM: samples, class-conditional chains, long chains, mixing.
 
-A function for each section of the report, as in measurements.py; scores come from metrics.py.
+A function for each section of the report, as in measurements.py; scores come from metrics.py. `network` is the
+independent classifier whose features judge the samples, see `feature_network`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 
 import cli
 import metrics
+import parallel
 import plots
 import runs
 import train_classifier
@@ -25,18 +27,22 @@ def feature_network(dataset, folder, device):
 
     A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its head's input (N, D).
     """
+    checkpoint = parallel.from_first(lambda: _feature_classifier(dataset, folder, device))
+    return runs.load_model(checkpoint, device)
+
+
+def _feature_classifier(dataset, folder, device):
     place = folder / f"feature-classifier-{dataset.name}"
     path = place / "classifier.pt"
     checkpoint = runs.load_checkpoint(path, "classifier") if path.exists() else None
-    if checkpoint is None or not checkpoint["finished"]:
-        place.mkdir(exist_ok=True)
-        epochs = 3 if len(dataset.train.labels) > 10_000 else 15
-        depth = str(dataset.shape[1].bit_length() - 1)
-        flags = ["--dataset", dataset.name, "--width", "16", "--depth", depth, "--stem-stride", "1"]
-        flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
-        args = cli.parse(train_classifier.build_parser(), flags)
-        checkpoint = train_classifier.train(args, dataset, place, device, checkpoint)
-    return runs.load_model(checkpoint, device)
+    if checkpoint and checkpoint["finished"]:
+        return checkpoint
+    place.mkdir(exist_ok=True)
+    epochs = 3 if len(dataset.train.labels) > 10_000 else 15
+    depth = str(dataset.shape[1].bit_length() - 1)
+    flags = ["--dataset", dataset.name, "--width", "16", "--depth", depth, "--stem-stride", "1"]
+    flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
+    return train_classifier.train(cli.parse(train_classifier.build_parser(), flags), dataset, place, device, checkpoint)
 
 
 def extend(checkpoint, model, x, steps, generator, labels=None, callback=None):
@@ -73,13 +79,12 @@ def compare(network, features, reference, floor, num_classes):
     }
 
 
-def samples(checkpoint, model, dataset, args, sizes, folder, device):
+def samples(checkpoint, model, network, dataset, args, sizes, folder, device):
     """Judge the buffer's and fresh chains by the features of an independent classifier; draws nearest training images.
 
     Returns the Frechet distance to the test set with its floor (as many training images) and their ratio, precision and
     recall, class histogram, and the distances to the nearest training image, of both and of the test set.
     """
-    network = feature_network(dataset, folder, device)
     generator = torch.Generator(device).manual_seed(args.seed)
     count = min(sizes["samples"], len(dataset.test.labels), len(dataset.train.labels), len(checkpoint["buffer"]["labels"]))
     steps = runs.FRESH_STEPS
@@ -116,13 +121,12 @@ def samples(checkpoint, model, dataset, args, sizes, folder, device):
     return {"images": count, "fresh_steps": steps, "feature_dimensions": reference.shape[1], "kinds": found}
 
 
-def long_chains(checkpoint, model, dataset, args, sizes, folder, device):
+def long_chains(checkpoint, model, network, dataset, args, sizes, folder, device):
     """Judge the same fresh chains after more and more steps: do they stay, or only pass by?
 
     Returns the Frechet distance to the test set, its ratio to the floor of as many training images, and the class
     entropy, by the number of steps; draws the first chains, a row for each number.
     """
-    network = feature_network(dataset, folder, device)
     generator = torch.Generator(device).manual_seed(args.seed + 3)
     count = min(sizes["long_chains"], len(dataset.test.labels), len(dataset.train.labels))
     reference = predict(network.features, dataset.test.images)
@@ -138,12 +142,11 @@ def long_chains(checkpoint, model, dataset, args, sizes, folder, device):
     return {"chains": count, "floor": floor, "steps": found}
 
 
-def class_conditional(checkpoint, model, dataset, args, sizes, folder, device):
+def class_conditional(checkpoint, model, network, dataset, args, sizes, folder, device):
     """Measure how often an independent classifier reads the class that a chain on E(x, y) was asked for.
 
     Draws ten such chains of each class, a row for each class.
     """
-    network = feature_network(dataset, folder, device)
     generator = torch.Generator(device).manual_seed(args.seed + 4)
     x, labels = starts(checkpoint, sizes["conditional"], generator)
     steps = runs.FRESH_STEPS

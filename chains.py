@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 import data
+import parallel
 import runs
 from cli import UserError
 from models import energy, joint_energy, mixture_energy, path_energy, predict
@@ -49,26 +50,36 @@ class Chains:
         """Yield (starts, images, labels) in blocks of at most args.chunk_size chains until args.num are drawn.
 
         starts, images: (n, C, H, W) float, pixels in [-1, 1]; labels: (n,) int64, the asked classes, or None where
-        --class-label is not given. Only one block is in memory at a time.
+        --class-label is not given. Only one block is in memory at a time, or one for each rank: the ranks draw the blocks
+        by turns, the same whatever their number, and rank 0 yields them all.
         """
-        args = self.args
+        count = -(-self.args.num // self.args.chunk_size)
+        for turn in range(0, count, parallel.ranks()):
+            number = turn + parallel.rank()
+            blocks = parallel.gathered_at_first(self._block(number) if number < count else None)
+            yield from (block for block in blocks if block)
+
+    def _block(self, number):
+        """Draw the block of a number; each but the first has a seed of its own."""
+        args, first = self.args, number * self.args.chunk_size
+        if number:
+            self.generator.manual_seed(parallel.nth_seed(args.seed, number))
         classes = args.class_label or args.mixture or (args.interpolate and args.interpolate[:1])
-        for first in range(0, args.num, args.chunk_size):
-            numbers = torch.arange(first, min(first + args.chunk_size, args.num), device=self.device)
-            labels = torch.tensor(classes, device=self.device)[numbers % len(classes)] if classes else None
-            starts = self._starts(numbers, labels)
-            condition = labels
-            if args.mixture:
-                condition = self._weights({label: 1.0 for label in args.mixture}, len(starts))
-            elif args.interpolate:
-                condition = self._weights({args.interpolate[0]: 1.0}, len(starts))
-            images = self._run(starts, args.steps, condition, watched=first == 0 and args.animate)
-            yield starts, images, labels if args.class_label else None
+        numbers = torch.arange(first, min(first + args.chunk_size, args.num), device=self.device)
+        labels = torch.tensor(classes, device=self.device)[numbers % len(classes)] if classes else None
+        starts = self._starts(numbers, labels)
+        condition = labels
+        if args.mixture:
+            condition = self._weights({label: 1.0 for label in args.mixture}, len(starts))
+        elif args.interpolate:
+            condition = self._weights({args.interpolate[0]: 1.0}, len(starts))
+        images = self._run(starts, args.steps, condition, watched=number == 0 and args.animate)
+        return starts, images, labels if args.class_label else None
 
     def interpolate(self, images):
         """Lead chains (N, C, H, W) of the first class to the second; returns (N, COLUMNS, C, H, W), `images` first."""
         source, target = self.args.interpolate
-        columns = [images]
+        columns = [images.to(self.device)]
         for column in range(1, COLUMNS):
             share = column / (COLUMNS - 1)
             weights = self._weights({source: 1 - share, target: share}, len(images))

@@ -8,8 +8,8 @@ A batch costs one index and no worker process. Pixels are float32 on [-1, 1] eve
 - mnist: 28x28, through torchvision; 5,000 of the 60,000 training images are held out for validation.
 - fashion-mnist, kmnist, emnist-letters, svhn, cifar10, cifar100: through torchvision; a tenth of the training images, 5,000 at
   most, is held out for validation.
-- folder: your own, a folder of image files for each class, below train/ and test/ or by themselves; without test/ a sixth
-  of each class is held out for the test; a tenth of the rest is for validation.
+- folder: your own, a folder of image files for each class, below train/ and test/ or by themselves, or an .npz file of
+  images and labels; without test/ a sixth of each class is held out for the test; a tenth of the rest is for validation.
 
 The splits are drawn once with a fixed seed, stratified by class: --seed does not move them, so that runs compare.
 """
@@ -67,19 +67,26 @@ def to_unit(x):
     return ((x + 1) / 2).clamp(0, 1)
 
 
-def augment(images, strength, generator=None):
-    """Turn, zoom, shear and shift each image by amounts of its own; what comes in from outside is background, -1.
+def augment(images, strength, generator=None, flip_prob=0.0):
+    """Turn, zoom, shear and shift each image by amounts of its own, and mirror some.
 
-    images: (N, C, H, W) float, pixels in [-1, 1]. strength: >= 0; at 1 the rotation is uniform within 0.2 rad, the zoom
-    within 10 %, the shear within 0.15 and each shift within a fourteenth of the side (2 pixels of 28), 0 changes nothing.
-    generator: torch.Generator on the images' device. Returns images of the same shape, bilinearly interpolated.
+    images: (N, C, H, W) float, pixels in [-1, 1]; what comes in from outside is background, -1, or for colour the image
+    reflected. strength: >= 0; at 1 the rotation is uniform within 0.2 rad, the zoom within 10 %, the shear within 0.15 and
+    each shift within a fourteenth of the side (2 pixels of 28), 0 changes nothing. flip_prob: probability that an image is
+    mirrored left to right, 0..1. generator: torch.Generator on the images' device. Returns images of the same shape,
+    bilinearly interpolated.
     """
     draws = (2 * torch.rand((5, len(images)), device=images.device, generator=generator) - 1) * strength
     angle, zoom, shear, right, down = draws * draws.new_tensor([0.2, 0.1, 0.15, 1 / 7, 1 / 7])[:, None]  # half-sides
     zoom = 1 + zoom
     first = torch.stack([zoom * angle.cos(), shear - zoom * angle.sin(), right], dim=1)
     second = torch.stack([zoom * angle.sin(), zoom * angle.cos(), down], dim=1)
+    if flip_prob:
+        mirrored = torch.rand(len(images), device=images.device, generator=generator) < flip_prob
+        first = torch.where(mirrored[:, None], -first, first)
     grid = affine_grid(torch.stack([first, second], dim=1), images.shape, align_corners=False)
+    if images.shape[1] == 3:
+        return grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     return grid_sample(images + 1, grid, align_corners=False) - 1
 
 
@@ -141,6 +148,38 @@ def _load_torchvision(name, data_dir):
 
 def _load_folder(data_dir, image_size):
     root = Path(data_dir)
+    splits = [_labelled_arrays(root, image_size)] if root.suffix == ".npz" else _class_folders(root, image_size)
+    train, test = splits if len(splits) == 2 else _hold_out(splits[0], 6, root)
+    train, val = _hold_out(train, 10, root)
+    count = len(splits[0].labels.unique())
+    if train.labels.bincount(minlength=count).min() < 2:
+        raise UserError(f"a class under {str(root)!r} keeps fewer than two training images: add images, or remove the class")
+    return Dataset("folder", count, train, val, test)
+
+
+def _labelled_arrays(path, image_size):
+    """Return the images and labels of an .npz as one split."""
+    images = _array_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = arrays["labels"]
+    except (KeyError, ValueError):  # none there, or Python objects
+        labels = np.zeros(0)
+    classes = np.unique(labels) if labels.dtype.kind in "ui" else ()
+    if labels.shape != (len(images),) or len(classes) < 2 or list(classes) != list(range(len(classes))):
+        raise UserError(
+            f"{str(path)!r} must hold 'labels', a whole number from 0 up for each of its {len(images)} images, "
+            "without gaps and of two classes at least"
+        )
+    *channels, height, width = images.shape[1:] if images.ndim == 3 or images.shape[1] in (1, 3) else images.shape[3:0:-1]
+    if height != width and not image_size:
+        raise UserError(f"the images in {str(path)!r} are not square ({width}x{height}): give one size with --image-size")
+    shape = (3 if channels == [3] else 1, image_size or height, image_size or width)
+    return Split(_fit_shape(images, shape)[0], torch.from_numpy(labels.astype(np.int64)))
+
+
+def _class_folders(root, image_size):
+    """Return the images below train/ and test/, or below the folder itself, as two splits or one."""
     parts = [root / part for part in ("train", "test") if (root / part).is_dir()] if (root / "train").is_dir() else [root]
     found = [_class_files(part) for part in parts]
     classes = sorted(found[0])
@@ -166,11 +205,7 @@ def _load_folder(data_dir, image_size):
         pixels = torch.from_numpy(np.stack([np.asarray(picture.convert(mode)) for picture in part]))
         pixels = pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2)
         splits.append(Split(to_model(pixels.float() / 255), classes_of))
-    train, test = splits if len(splits) == 2 else _hold_out(splits[0], 6, root)
-    train, val = _hold_out(train, 10, root)
-    if train.labels.bincount(minlength=len(classes)).min() < 2:
-        raise UserError(f"a class under {str(root)!r} keeps fewer than two training images: add images, or remove the class")
-    return Dataset("folder", len(classes), train, val, test)
+    return splits
 
 
 def _class_files(folder):

@@ -61,6 +61,7 @@ from tqdm import tqdm
 import chain_quality
 import data
 import measurements
+import parallel
 import plots
 import report
 import runs
@@ -89,13 +90,11 @@ DRY_RUN = {
 }  # fmt: skip
 
 
-@cli.exits_cleanly
-def main(argv=None):
-    """Run the script with a list of arguments, or with the command line's."""
-    args = parse_args(argv)
-    device = runs.pick_device(args.device)
+def evaluate(args, device):
+    """Measure everything and write the report; several ranks share the sections out among them."""
     checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
-    dataset = data.load(checkpoint["dataset"], args.data_dir, checkpoint["model_config"]["image_size"])
+    with parallel.first_on_each_node():
+        dataset = data.load(checkpoint["dataset"], args.data_dir, checkpoint["model_config"]["image_size"])
     sizes = {**(DRY_RUN if args.dry_run else QUICK if args.quick else FULL), "bins": args.bins}
     if args.longest_chain:
         sizes["longest"] = args.longest_chain
@@ -110,27 +109,43 @@ def main(argv=None):
         models["classifier"] = runs.load_model(classifier, device).eval()
     jem = models["jem"]
     with runs.run_folder(args) as folder:
+        network = chain_quality.feature_network(dataset, folder, device)
         sections = {
             "classification": lambda: measurements.classification(models, dataset, sizes),
             "out_of_distribution": lambda: measurements.out_of_distribution(models, dataset, args, sizes, folder, device),
             "robustness": lambda: measurements.robustness(models, checkpoint, dataset, args, sizes, folder, device),
             "distal_adversarials": lambda: measurements.distal_adversarials(models, args, folder, device, dataset.shape),
-            "samples": lambda: chain_quality.samples(checkpoint, jem, dataset, args, sizes, folder, device),
-            "class_conditional": lambda: chain_quality.class_conditional(checkpoint, jem, dataset, args, sizes, folder, device),
-            "long_chains": lambda: chain_quality.long_chains(checkpoint, jem, dataset, args, sizes, folder, device),
+            "samples": lambda: chain_quality.samples(checkpoint, jem, network, dataset, args, sizes, folder, device),
+            "class_conditional": lambda: chain_quality.class_conditional(
+                checkpoint, jem, network, dataset, args, sizes, folder, device
+            ),
+            "long_chains": lambda: chain_quality.long_chains(checkpoint, jem, network, dataset, args, sizes, folder, device),
             "chains": lambda: chain_quality.chains(checkpoint, jem, args, sizes, folder, device),
         }
         found = {"protocol": protocol(args, checkpoint, sizes, path if "classifier" in models else None, dataset)}
-        bar = tqdm(sections.items(), disable=None)
-        for name, measure in bar:
+        bar = tqdm(list(sections)[parallel.rank() :: parallel.ranks()], disable=None if parallel.first() else True)
+        for name in bar:
             bar.set_description(name)
-            found[name] = measure()
+            found[name] = sections[name]()
+        everything = {name: part for found in parallel.gathered_at_first(found) for name, part in found.items()}
+        if not parallel.first():
+            return
+        found = {name: everything[name] for name in ("protocol", *sections)}
         plots.save_reliability(found["classification"], folder / "reliability.png")
         plots.save_confusion(found["classification"]["jem"]["confusion"], folder / "confusion.png")
         (folder / "report.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         (folder / "report.md").write_text(report.markdown(found))
         print(report.summary(found))
         runs.report_files(args, [folder / name for name in ("report.md", "report.json")])
+
+
+@cli.exits_cleanly
+def main(argv=None):
+    """Run the script with a list of arguments, or with the command line's."""
+    args = parse_args(argv)
+    device = runs.pick_device(args.device)
+    with parallel.group(device):
+        evaluate(args, device)
 
 
 def protocol(args, checkpoint, sizes, classifier, dataset):

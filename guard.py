@@ -11,6 +11,8 @@ import copy
 import sys
 from argparse import Namespace
 
+import parallel
+
 ROWS = 3  # out of range in so many rows one after the other: divergence
 GAP = 8.0  # nat; healthy gaps are within 2, those of runs that were lost went to 18 and beyond
 LEVEL = 50.0  # nat that |E(data)| may lie above three times its largest value so far
@@ -104,8 +106,9 @@ def roll_back(run, buffer, guard, healthy, error):
     buffer.restart_broken(run.generator)
     guard.load_state_dict(state["guard"])
     now = run.settings
-    print(
+    words = (
         f"training left its healthy range at {found}; back to iteration {run.step} with other noise, rollback {rollbacks} of "
-        f"{run.args.max_rollbacks}: lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        f"{run.args.max_rollbacks}: lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}"
+    )
+    if parallel.first():
+        print(words, file=sys.stderr, flush=True)

@@ -224,7 +224,7 @@ def frechet_distance(features_a, features_b):
     features_a, features_b = (features.cpu() for features in _two_feature_sets(features_a, features_b, least=2))
     network = nn.Identity()
     network.num_features = features_a.shape[1]  # else torchmetrics sends a random image through it to see the width
-    distance = FrechetInceptionDistance(feature=network).set_dtype(torch.float64)
+    distance = FrechetInceptionDistance(feature=network, sync_on_compute=False).set_dtype(torch.float64)
     distance.update(features_a, real=True)
     distance.update(features_b, real=False)
     return max(distance.compute().item(), 0.0)

@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+import parallel
 from cli import UserError
 from models import build_model, energy, joint_energy
 
@@ -54,9 +55,14 @@ COLUMNS = {
 
 
 def pick_device(name):
-    """Return the torch.device for a --device value; auto takes CUDA, else the CPU. Raises UserError if it is not there."""
+    """Return the torch.device for a --device value; auto takes CUDA, else the CPU. Raises UserError if it is not there.
+
+    Of several processes that torchrun started on a machine each gets a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -146,6 +152,8 @@ class MetricsLog:
     def __init__(self, path, phase, resumed_at=None):
         self.path, self.phase = Path(path), phase
         self.sums, self.count, self.seconds = {}, 0, 0.0
+        if not parallel.first():
+            return
         rows = read_metrics(self.path) if self.path.exists() else []
         if rows and list(rows[0]) != list(COLUMNS):
             raise UserError(f"{str(self.path)!r} is no metrics file of this project: name another folder with --out-dir")
@@ -166,22 +174,23 @@ class MetricsLog:
 
         Raises FloatingPointError naming the step, the term and the value where a mean is not finite.
         """
-        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        means = {name: float(value) / self.count for name, value in parallel.mean(self.sums).items()}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {step}")
         row = {"phase": self.phase, "step": step, "epoch": epoch, "minutes": minutes, "lr": lr, **means, **values}
         row["iterations_per_second"] = self.count / max(self.seconds, 1e-9)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, restval="").writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
+        if parallel.first():
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, COLUMNS, restval="").writerow(
+                    {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+                )
         self.sums, self.count, self.seconds = {}, 0, 0.0
         return row
 
     def state_dict(self):
         """Return the sums since the last row, so that a resumed run writes the row that an unbroken one would."""
-        return {"sums": self.sums, "count": self.count, "seconds": self.seconds}
+        return {"sums": parallel.mean(self.sums), "count": self.count, "seconds": self.seconds}
 
     def load_state_dict(self, state):
         """Take up the sums of a stopped run."""
@@ -206,6 +215,9 @@ def run_folder(args):
             yield Path(folder)
         return
     folder = Path(args.out_dir)
+    if not parallel.first():
+        yield folder  # rank 0 alone writes to it
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -234,17 +246,17 @@ def open_checkpoint(path, args):
     A resumed run keeps its settings: args takes them over, but for where and how long it runs. Raises UserError where
     a run would be replaced unasked, where there is nothing to resume, and where a flag contradicts the resumed run.
     """
+    checkpoint = None if args.overwrite else load_for_all(path, path.stem, optional=True)
     if not args.resume:
-        if path.exists() and not args.overwrite:
-            state = "a finished run" if load_checkpoint(path, path.stem)["finished"] else "an unfinished run"
+        if checkpoint:
+            state = "a finished run" if checkpoint["finished"] else "an unfinished run"
             raise UserError(
                 f"{str(path)!r} holds {state}: continue it with --resume, replace it with --overwrite, "
                 "or name another folder with --out-dir"
             )
         return None
-    if not path.exists():
+    if not checkpoint:
         raise UserError(f"nothing to resume: {str(path)!r} does not exist; leave out --resume to start a run")
-    checkpoint = load_checkpoint(path, path.stem)
     length = {"epochs", "max_minutes"}
     free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir", "tensorboard"} | (
         length if length & args.given else set()
@@ -329,6 +341,11 @@ def load_checkpoint(path, kind, device="cpu"):
     if missing := [name for name in NEEDED[kind] if name not in state]:
         raise UserError(f"{str(path)!r} lacks {', '.join(missing)}: it is no whole checkpoint, name another")
     return _in_float32(state)
+
+
+def load_for_all(path, kind, optional=False):
+    """Return what load_checkpoint does, read by the first rank alone; optional: None where there is no such file."""
+    return parallel.from_first(lambda: None if optional and not path.exists() else load_checkpoint(path, kind))
 
 
 def _in_float32(value):

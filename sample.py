@@ -129,6 +129,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 import plots
 import runs
 from chains import COLUMNS, GRID_CHAINS, PARTS, Chains
@@ -210,14 +211,8 @@ def name_of(args):
     return "-".join(words + ["denoise"] * bool(args.denoise) + ["by-energy"] * args.by_energy)
 
 
-@cli.exits_cleanly
-def main(argv=None):
-    """Run the script with a list of arguments, or with the command line's."""
-    args = parse_args(argv)
-    device = runs.pick_device(args.device)
-    checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
-    check_against_checkpoint(args, checkpoint)
-    chains = Chains(checkpoint, args, device)
+def draw(chains, args):
+    """Draw the chains that the flags ask for and write them."""
     with runs.run_folder(args) as folder, ExitStack() as stack:
         written = [folder / f"{name_of(args)}.png"]
         append = None
@@ -246,6 +241,22 @@ def main(argv=None):
     if count < args.num:
         print(f"the grid shows {count} of the {args.num} images")
     runs.report_files(args, written)
+
+
+@cli.exits_cleanly
+def main(argv=None):
+    """Run the script with a list of arguments, or with the command line's."""
+    args = parse_args(argv)
+    device = runs.pick_device(args.device)
+    with parallel.group(device):
+        checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
+        check_against_checkpoint(args, checkpoint)
+        chains = Chains(checkpoint, args, device)
+        if parallel.first():
+            draw(chains, args)
+        else:
+            for _ in chains.blocks():
+                pass  # rank 0 gets and writes them
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ def build_parser():
 if __name__ == "__main__":
     cli.parse(build_parser())  # --help and mistyped flags answer here, before torch is loaded
 
+import functools
 import math
 
 from torch.nn.functional import cross_entropy
 
 import data
+import parallel
 import runs
 from models import predict
 from training import Training
@@ -38,6 +40,13 @@ def evaluate(model, split):
     logits = predict(model, split.images)
     labels = split.labels.to(logits.device)
     return cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+
+
+def objective(run, images, labels):
+    """Return the cross-entropy of a batch, and what is logged of it."""
+    logits = run.logits(images, run.wrapped)
+    loss = cross_entropy(logits, labels)
+    return loss, {"cross_entropy": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
 def train(args, dataset, folder, device, resumed=None, max_minutes=None):
@@ -51,10 +60,7 @@ def train(args, dataset, folder, device, resumed=None, max_minutes=None):
     checkpoint = resumed
     best = {name: resumed[name] for name in ("model", "val_cross_entropy")} if resumed else {"val_cross_entropy": math.inf}
     for images, labels in run.batches():
-        with run.autocast():
-            logits = run.model(run.augmented(images)).float()
-        loss = cross_entropy(logits, labels)
-        run.update(loss, cross_entropy=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+        run.update(functools.partial(objective, run, run.augmented(images), labels))
 
         if run.epoch_ends():
             val_loss, val_accuracy = evaluate(run.averaged, dataset.val)
@@ -80,9 +86,10 @@ def main(argv=None):
     """Run the script with a list of arguments, or with the command line's."""
     args = cli.parse(build_parser(), argv)
     device = runs.pick_device(args.device)
-    with runs.run_folder(args) as folder:
+    with parallel.group(device), runs.run_folder(args) as folder:
         resumed = runs.open_checkpoint(folder / "classifier.pt", args)
-        dataset = data.load(args.dataset, args.data_dir, args.image_size)
+        with parallel.first_on_each_node():
+            dataset = data.load(args.dataset, args.data_dir, args.image_size)
         print(cli.describe_settings(args), flush=True)
         checkpoint = train(args, dataset, folder, device, resumed, args.max_minutes)
         _, accuracy = evaluate(runs.load_model(checkpoint, device), dataset.test)

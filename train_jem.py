@@ -108,13 +108,22 @@ def parse_args(argv=None):
         parser.error("--pretrain-epochs has no use with --classifier or --from-scratch, which train no classifier")
     if args.no_guard:
         args.max_rollbacks = 0
-    long = round(args.long_share * args.batch_size)
-    if long > args.long_chains or args.batch_size - long > args.buffer_size - args.long_chains:
-        parser.error(
-            f"each iteration draws {long} long chains and {args.batch_size - long} others, of {args.long_chains} and "
-            f"{args.buffer_size - args.long_chains}: change --long-chains, --long-share or --buffer-size"
-        )
+    try:
+        check_draws(args)
+    except cli.UserError as error:
+        parser.error(str(error))
     return args
+
+
+def check_draws(args, ranks=1):
+    """Raise UserError where a rank's share of the replay buffer has fewer chains than its share of a batch draws."""
+    batch, long_chains = args.batch_size // ranks, args.long_chains // ranks
+    long, ordinary = round(args.long_share * batch), (args.buffer_size - args.long_chains) // ranks
+    if long > long_chains or batch - long > ordinary:
+        raise cli.UserError(
+            f"each iteration draws {long} long chains and {batch - long} others, of {long_chains} and "
+            f"{ordinary}{' on each process' * (ranks > 1)}: change --long-chains, --long-share or --buffer-size"
+        )
 
 
 if __name__ == "__main__":
@@ -129,6 +138,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import data
+import parallel
 import plots
 import runs
 import train_classifier
@@ -205,6 +215,20 @@ class ReplayBuffer:
         if broken.any():
             self.images[broken] = self.restart.draw(self.labels[broken], generator)
             self.ages[broken] = 0
+
+    def keep_share(self, rank, ranks):
+        """Keep one rank's share of the chains and give up the others': a part of the ordinary and a part of the long ones."""
+        slots = torch.arange(len(self), device=self.images.device)
+        ordinary, long = (kind.tensor_split(ranks)[rank] for kind in slots.tensor_split([len(self) - self.long_chains]))
+        self.long_chains = len(long)
+        self.load_state_dict({name: value[torch.cat([ordinary, long])] for name, value in self.state_dict().items()})
+
+    def whole_state(self):
+        """Return the state_dict of the buffer that the ranks' shares are, on rank 0; see parallel.py."""
+        shares = parallel.gathered_at_first((self.long_chains, self.state_dict()))
+        parts = [[(state, slice(len(state["labels"]) - long)) for long, state in shares]]
+        parts += [[(state, slice(len(state["labels"]) - long, None)) for long, state in shares]]
+        return {name: torch.cat([state[name][part] for kind in parts for state, part in kind]) for name in self.state_dict()}
 
     def state_dict(self):
         """Return the chains, labels and ages."""
@@ -290,11 +314,12 @@ def iterate(run, buffer, images, labels):
     """
     args, generator, conditional = run.settings, run.generator, run.args.p_xy_weight > 0
 
-    slots, starts, chain_labels = buffer.draw(args.batch_size, generator)
+    slots, starts, chain_labels = buffer.draw(len(images), generator)
     chains = run_chains(
         run.energy_of, starts, args.steps, **sgld_settings(args),
         labels=chain_labels if conditional else None, module=run.model, generator=generator,
-        check=run.device.type == "cpu",  # on a GPU the row of metrics.csv finds it, without a wait in each iteration
+        # on a GPU the row of metrics.csv finds it, without a wait in each iteration; on several ranks then all find it
+        check=run.device.type == "cpu" and parallel.ranks() == 1,
     )  # fmt: skip
     buffer.put(slots, chains, args.steps)
 
@@ -304,29 +329,34 @@ def iterate(run, buffer, images, labels):
     batch = [positives, chains]
     if args.clean_share < 1:
         batch.append(attacked(run, run.augmented(images), labels))
-    logits, chain_logits, *hard_logits = run.logits(torch.cat(batch)).split(args.batch_size)
-    energy_positive, energy_negative = energy(logits), energy(chain_logits)
+    batch = torch.cat(batch)
 
-    cross = args.clean_share * cross_entropy(logits, labels)
-    if args.clean_share < 1:
-        cross = cross + (1 - args.clean_share) * cross_entropy(hard_logits[0], labels)
-    loss = args.p_y_given_x_weight * cross
-    loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
-    if conditional:
-        loss = loss + args.p_xy_weight * energy_loss(joint_energy(logits, labels), joint_energy(chain_logits, chain_labels))
-    loss = loss + args.energy_reg * energy_regulariser(energy_positive, energy_negative)
+    def objective():
+        logits, chain_logits, *hard_logits = run.logits(batch, run.wrapped).split(len(images))
+        energy_positive, energy_negative = energy(logits), energy(chain_logits)
 
-    run.update(
-        loss,
-        cross_entropy=cross,
-        accuracy=(logits.argmax(1) == labels).float().mean(),
-        energy_positive=energy_positive.mean(),
-        energy_negative=energy_negative.mean(),
-        energy_gap=energy_negative.mean() - energy_positive.mean(),
-        chain_displacement=(chains - starts).flatten(1).norm(dim=1).mean(),
-        chain_saturated=(chains.abs() >= 1).float().mean(),
-        chain_age=buffer.ages.float().mean(),
-    )
+        cross = args.clean_share * cross_entropy(logits, labels)
+        if args.clean_share < 1:
+            cross = cross + (1 - args.clean_share) * cross_entropy(hard_logits[0], labels)
+        loss = args.p_y_given_x_weight * cross
+        loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
+        if conditional:
+            positive, negative = joint_energy(logits, labels), joint_energy(chain_logits, chain_labels)
+            loss = loss + args.p_xy_weight * energy_loss(positive, negative)
+        loss = loss + args.energy_reg * energy_regulariser(energy_positive, energy_negative)
+
+        return loss, {
+            "cross_entropy": cross,
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
+            "energy_positive": energy_positive.mean(),
+            "energy_negative": energy_negative.mean(),
+            "energy_gap": energy_negative.mean() - energy_positive.mean(),
+            "chain_displacement": (chains - starts).flatten(1).norm(dim=1).mean(),
+            "chain_saturated": (chains.abs() >= 1).float().mean(),
+            "chain_age": buffer.ages.float().mean(),
+        }
+
+    run.update(objective)
 
 
 def train(args, dataset, folder, device, classifier=None, resumed=None):
@@ -345,8 +375,10 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
     if resumed:
         buffer.load_state_dict(resumed["buffer"])
     else:
-        for old in folder.glob("grids/epoch-*.png"):
+        for old in folder.glob("grids/epoch-*.png") if parallel.first() else ():
             old.unlink()  # of a run that is being overwritten
+    buffer.keep_share(parallel.rank(), parallel.ranks())
+    if not resumed:
         save_grids(run, buffer)
 
     guard = Guard()
@@ -373,7 +405,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
             run.save(checkpoint)
         if run.step == run.epoch_steps // 2 or run.done >= 1 or run.step % (args.grid_every * run.epoch_steps) == 0:
             save_grids(run, buffer)
-        elif due:
+        elif due and parallel.first():
             plots.save_grid(buffer.images[:GRID_CHAINS], folder / "samples.png")
     if not (checkpoint and checkpoint["finished"]):  # the budget of minutes ended in a rollback
         checkpoint = make_checkpoint(run, buffer, guard)
@@ -389,7 +421,7 @@ def make_checkpoint(run, buffer, guard):
         "dataset": run.dataset.name,
         "sgld": {"steps": run.args.steps, **sgld_settings(run.args)},
         "restart": buffer.restart.state_dict(),
-        "buffer": buffer.state_dict(),
+        "buffer": buffer.whole_state(),
         "conditional": run.args.p_xy_weight > 0,
         "args": runs.plain_arguments(run.args),
         "finished": run.done >= 1,
@@ -400,6 +432,8 @@ def make_checkpoint(run, buffer, guard):
 
 def save_grids(run, buffer):
     """Write the chains of the same first slots as samples.png and as the numbered grid of this moment."""
+    if not parallel.first():
+        return
     grids = run.folder / "grids"
     grids.mkdir(exist_ok=True)
     for path in (run.folder / "samples.png", grids / f"epoch-{run.step / run.epoch_steps:05.1f}.png"):
@@ -421,7 +455,7 @@ def starting_weights(args, dataset, folder, device):
         print("starting from random weights", flush=True)
         return None
     path = Path(args.classifier or folder / "classifier.pt")
-    checkpoint = runs.load_checkpoint(path, "classifier") if args.classifier or path.exists() else None
+    checkpoint = runs.load_for_all(path, "classifier", optional=not args.classifier)
     if checkpoint is None or not (checkpoint["finished"] or args.classifier):
         print(f"no finished classifier in {folder}: training one first", flush=True)
         pretraining = Namespace(**{**vars(args), "epochs": args.pretrain_epochs})
@@ -443,9 +477,11 @@ def main(argv=None):
     """Run the script with a list of arguments, or with the command line's."""
     args = parse_args(argv)
     device = runs.pick_device(args.device)
-    with runs.run_folder(args) as folder:
+    with parallel.group(device), runs.run_folder(args) as folder:
         resumed = runs.open_checkpoint(folder / "jem.pt", args)
-        dataset = data.load(args.dataset, args.data_dir, args.image_size)
+        check_draws(args, parallel.ranks())
+        with parallel.first_on_each_node():
+            dataset = data.load(args.dataset, args.data_dir, args.image_size)
         print(cli.describe_settings(args), flush=True)
         classifier = None if resumed else starting_weights(args, dataset, folder, device)
         checkpoint = train(args, dataset, folder, device, classifier, resumed)

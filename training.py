@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import cli
+import parallel
 import plots
 import runs
 from cli import Stopped, UserError
@@ -48,6 +49,21 @@ def learning_rate(args, step, progress):
     return args.lr * rise * course
 
 
+@contextmanager
+def climbed(parameters, rho):
+    """Move weights along their gradients, by an L2 norm of rho over all of them, and back at the end of the block."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    before = [parameter.detach().clone() for parameter in parameters]
+    norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += parameter.grad * (rho / (norm + 1e-12))
+    yield
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+
+
 class Training:
     """The state of one training, resumable at any iteration, and the parts of its loop that are no equations.
 
@@ -58,7 +74,7 @@ class Training:
     model: the network that is trained. averaged: the one whose weights are kept, an exponential moving average of the
     trained one's, or that one itself where args.ema_decay is 0. energy_of: the trained network's energy, for chains.
     generator: torch.Generator on the device, the source of every random draw but the first weights and the order of the
-    data.
+    data. Of several ranks (see parallel.py) each has its own generator and takes an equal share of every batch.
     Raises UserError for flags that do not fit the data.
     """
 
@@ -68,31 +84,34 @@ class Training:
         self.epoch_steps = len(dataset.train.labels) // args.batch_size
         if not self.epoch_steps:
             raise UserError(f"--batch-size {args.batch_size} exceeds the {len(dataset.train.labels)} training images: lower it")
+        self.share = parallel.share(args.batch_size, "--batch-size")
         self.precision = runs.pick_precision(args.precision, device)
         self.model_config = runs.model_config_from(args, dataset)
         torch.manual_seed(args.seed)
         self.model = build_model(**self.model_config).to(device)
         if weights is not None:
             self.model.load_state_dict(weights)
+        self.wrapped = parallel.wrapped(self.model, device)
         compiled = getattr(args, "compile", False)  # the classifier's training runs no chains and has no such flag
         self.energy_of = runs.chain_energy(self.model, device, self.precision, compiled=compiled)
         self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
-        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.seed = parallel.nth_seed(args.seed, parallel.rank())
+        self.generator = torch.Generator(device).manual_seed(self.seed)
         self.step, self.minutes_before, self.max_minutes = 0, 0.0, max_minutes
         self.stop_signal = self.stopping = 0  # the number of a signal that waits for the next update; that ends the run
         self.steps = args.epochs and args.epochs * self.epoch_steps
         if args.dry_run:
             self.steps = DRY_RUN_STEPS
         self.rollbacks, self.done = 0, 0.0
-        self.board = runs.open_board(args, folder)
+        self.board = runs.open_board(args, folder) if parallel.first() else None
         self.log = runs.MetricsLog(folder / "metrics.csv", phase, resumed["training"]["step"] if resumed else None)
         if resumed:
             self.load_state_dict(resumed["training"])
         self.began = self.drawn = self.saved = time.perf_counter()
-        runs.write_config(
-            folder, phase, args, device=str(device), precision=self.precision, model_config=self.model_config
-        )  # fmt: skip
+        if parallel.first():
+            resolved = {"device": str(device), "precision": self.precision, "processes": parallel.ranks()}
+            runs.write_config(folder, phase, args, model_config=self.model_config, **resolved)
 
     def roll_back(self, state, rollbacks):
         """Return to a state of this run, with the clock where it is, other noise, and the rows after that state gone."""
@@ -100,8 +119,8 @@ class Training:
         self.log = runs.MetricsLog(self.log.path, self.phase, resumed_at=state["step"])
         self.load_state_dict(state)
         self.minutes_before, self.rollbacks = minutes_before, rollbacks
-        self.generator.manual_seed(self.args.seed + 1_000_000 * rollbacks)
-        self.done = self.progress()
+        self.generator.manual_seed(self.seed + 1_000_000 * rollbacks)
+        self._agree()
 
     @property
     def settings(self):
@@ -122,7 +141,7 @@ class Training:
         return self.minutes_before + (time.perf_counter() - cli.START) / 60
 
     def progress(self):
-        """Return the share of the run that is done, 0..1: of the iterations or of the minutes, whichever is larger."""
+        """Return the share of the run that is done here, 0..1: of the iterations or of the minutes, whichever is larger."""
         shares = [self.step / self.steps] if self.steps else []
         if self.max_minutes:
             shares.append(self.minutes() / self.max_minutes)
@@ -133,19 +152,27 @@ class Training:
 
         Each iteration's body calls `update` once; the last, incomplete batch of an epoch is left out.
         """
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.phase, unit="it", disable=None)
-        self.bar, self.done, order_epoch = bar, self.progress(), None
+        hidden = None if parallel.first() else True  # None: where stderr is no terminal
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.phase, unit="it", disable=hidden)
+        self._agree()
+        self.bar, order_epoch = bar, None
         with self._signals_wait(), bar:
             while self.done < 1 or not self.step:
                 self.began = time.perf_counter()
                 epoch, position = divmod(self.step, self.epoch_steps)
                 if epoch != order_epoch:
                     order, order_epoch = epoch_order(len(self.train_split.labels), self.args.seed, epoch).to(self.device), epoch
-                chosen = order[position * self.args.batch_size : (position + 1) * self.args.batch_size]
+                begin = position * self.args.batch_size + parallel.rank() * self.share
+                chosen = order[begin : begin + self.share]
                 yield self.train_split.images[chosen], self.train_split.labels[chosen]
                 bar.update()
                 if self.stopping and self.done < 1:
-                    raise Stopped(f"stopped at iteration {self.step} and saved; {self._how_to_go_on()}", self.stopping)
+                    raise Stopped(f"stopped at iteration {self.step} and saved; {self._how_to_go_on()}", int(self.stopping))
+
+    def _agree(self):
+        """Settle, for all ranks alike, how much of the run is done, which signal ends it, and how long ago it was saved."""
+        since_save = time.perf_counter() - self.saved
+        self.done, self.stopping, self.since_save = parallel.largest(self.progress(), self.stop_signal, since_save)
 
     @contextmanager
     def _signals_wait(self):
@@ -178,24 +205,36 @@ class Training:
 
     def augmented(self, images):
         """Return images as the cross-entropy is to see them: augmented, with the input noise."""
-        return self.noisy(augment(images, self.args.augment, self.generator) if self.args.augment else images)
+        args = self.args
+        if args.augment or args.flip_prob:
+            images = augment(images, args.augment, self.generator, args.flip_prob)
+        return self.noisy(images)
 
-    def autocast(self):
-        """Return the context in which the network is called."""
-        return runs.autocast(self.device, self.precision)
+    def logits(self, x, module=None):
+        """Return the network's logits (N, K) float32 of x (N, C, H, W), in the arithmetic of the run.
 
-    def logits(self, x):
-        """Return the network's logits (N, K) float32 of x (N, C, H, W), in the arithmetic of the run."""
-        with self.autocast():
-            return self.model(x).float()
+        module: `wrapped` for the logits of the loss, once an iteration; the network itself, for all else.
+        """
+        with runs.autocast(self.device, self.precision):
+            return (module or self.model)(x).float()
 
-    def update(self, loss, **values):
-        """Take one optimiser step down the loss, average the weights, and log scalar tensors under COLUMNS's names."""
+    def update(self, objective):
+        """Take one optimiser step, average the weights, and log.
+
+        objective: a function that computes the loss and returns it with a dict of scalar tensors to log under COLUMNS's
+        names. With --sam-rho it is called twice, and the step follows the gradient found at the second place (Foret et
+        al., arXiv 2010.01412, equation 3); the values of the first are logged.
+        """
         self.lr = learning_rate(self.settings, self.step, self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)
+        loss, values = objective()
         loss.backward()
+        if self.args.sam_rho:
+            with climbed(self.model.parameters(), self.args.sam_rho):
+                self.optimizer.zero_grad(set_to_none=True)
+                objective()[0].backward()
         if self.args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
@@ -203,7 +242,7 @@ class Training:
             self.ema.update_parameters(self.model)
         self.log.add(time.perf_counter() - self.began, **values)
         self.step += 1
-        self.done, self.stopping = self.progress(), self.stop_signal
+        self._agree()
 
     def epoch_ends(self):
         """Tell whether the last update ended an epoch or the run."""
@@ -212,7 +251,7 @@ class Training:
     def save_is_due(self):
         """Tell whether a checkpoint is to be written: an epoch ends, the time or the steps have come, or a signal has."""
         by_steps = self.args.save_steps and self.step % self.args.save_steps == 0
-        by_time = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        by_time = self.since_save > 60 * self.args.save_minutes
         return bool(self.epoch_ends() or by_steps or by_time or self.stopping)
 
     def write_row(self, **values):
@@ -235,10 +274,12 @@ class Training:
 
     def save(self, checkpoint):
         """Write the phase's checkpoint, and the curves: at the end, and before it no more often than they are looked at."""
+        self.saved = time.perf_counter()
+        if not parallel.first():
+            return
         runs.save_checkpoint(self.folder / f"{self.phase}.pt", self.phase, **checkpoint)
         if self.done >= 1:
             runs.remove_older(self.folder / f"{self.phase}.pt")
-        self.saved = time.perf_counter()
         if self.done >= 1 or time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
             plots.save_curves(runs.read_metrics(self.folder / "metrics.csv"), self.folder / "curves.png")
             self.drawn = time.perf_counter()
@@ -252,7 +293,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "generator": self.generator.get_state(),
+            "generator": torch.stack(parallel.gathered(self.generator.get_state())),  # a row for each rank
             "log": self.log.state_dict(),
         }
 
@@ -263,5 +304,9 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        self.generator.set_state(state["generator"].cpu())
+        states = state["generator"].cpu().reshape(-1, len(self.generator.get_state()))
+        if parallel.rank() < len(states):
+            self.generator.set_state(states[parallel.rank()].clone())  # torch crashes on part of a larger tensor
+        else:  # the run was on fewer processes
+            self.generator.manual_seed(self.seed + self.step)
         self.log.load_state_dict(state["log"])

@@ -125,6 +125,12 @@ CASES = [
             ("broken class", "cannot be read"),
             ("strange test", "not in train"),
             ("one picture each", "add images"),
+            ("half an archive.npz", "no .npz or .npy"),
+            ("whole.npz", "must hold 'labels'"),
+            ("pickled labels.npz", "must hold 'labels'"),
+            ("labels with a gap.npz", "without gaps"),
+            ("too few labels.npz", "for each of its 50 images"),
+            ("oblong.npz", "not square (9x8)"),
         )
     ],
     *[
@@ -185,6 +191,13 @@ def bad(tiny_run, tmp_path_factory):
     np.save(bad / "flat.npy", np.zeros((3, 4)))
     np.save(bad / "bright.npy", np.full((3, 8, 8), 300.0))
     np.savez(bad / "whole.npz", images=np.zeros((50, 8, 8)))
+    for name, labels, shape in (
+        ("pickled labels", np.array([Bomb()] * 50), (50, 8, 8)),
+        ("labels with a gap", np.arange(50) % 2 * 2, (50, 8, 8)),
+        ("too few labels", np.arange(40) % 2, (50, 8, 8)),
+        ("oblong", np.arange(50) % 2, (50, 8, 9)),
+    ):
+        np.savez(bad / f"{name}.npz", images=np.zeros(shape), labels=labels)
     (bad / "half an archive.npz").write_bytes((bad / "whole.npz").read_bytes()[:2000])
     (bad / "text.npz").write_text("no archive")
     for name in ("no pictures/a", "no pictures/b", "broken picture"):

@@ -62,6 +62,8 @@ def test_a_preset_follows_the_data_set_and_any_flag_overrides_it():
     args = parse("--dataset", "mnist", "--lr", "0.5")
     assert args.lr == 0.5 and args.given == {"dataset", "lr"} and args.out_dir.endswith("mnist")
     assert "lr 0.5*" in cli.describe_settings(args) and "noise_std" in cli.describe_settings(args)
+    mine = parse("--dataset", "folder", "--preset", "cifar10")
+    assert mine.flip_prob == 0.5 and mine.out_dir.endswith("folder") and "preset cifar10" in cli.describe_settings(mine)
     wide = parse("--arch", "wide-resnet")
     assert (wide.width, wide.depth, wide.stem_stride) == tuple(cli.WIDE_RESNET_SHAPE.values())
 

@@ -44,6 +44,17 @@ def test_augmentation_moves_each_image_by_itself_within_its_bounds():
     assert moved[:, :, 0, 0].eq(-1).all()  # background comes in from outside
 
 
+def test_mirrored_images_are_a_share_of_all_and_colour_is_reflected_at_the_border():
+    images = torch.rand(400, 3, 8, 8) * 2 - 1
+    moved = data.augment(images, 0.0, torch.Generator().manual_seed(0), flip_prob=0.3)
+    mirrored = torch.tensor([torch.allclose(x, y.flip(2), atol=1e-5) for x, y in zip(moved, images, strict=True)])
+    same = torch.tensor([torch.allclose(x, y, atol=1e-5) for x, y in zip(moved, images, strict=True)])
+    assert (mirrored ^ same).all() and abs(mirrored.float().mean() - 0.3) < 4 * (0.3 * 0.7 / 400) ** 0.5
+    bright = torch.full((50, 3, 8, 8), 0.5)
+    torch.testing.assert_close(data.augment(bright, 1.0, torch.Generator().manual_seed(0)), bright)
+    assert data.augment(bright[:, :1], 1.0, torch.Generator().manual_seed(0)).min() < 0  # grey: background comes in
+
+
 def test_augmentation_of_no_strength_changes_nothing(digits):
     torch.testing.assert_close(data.augment(digits.test.images, 0.0), digits.test.images, atol=1e-5, rtol=0)
 
@@ -141,6 +152,21 @@ def test_a_folder_of_unequal_images_is_resized_on_request(tmp_path):
     with pytest.raises(UserError, match="--image-size"):
         data.load("folder", tmp_path)
     assert data.load("folder", tmp_path, 10).shape == (1, 10, 10)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (3, 8, 8)])
+def test_a_file_of_images_and_labels_is_a_data_set(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, (120, *shape), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(120, dtype=np.uint8) % 3)
+    dataset = data.load("folder", tmp_path / "mine.npz")
+    assert dataset.num_classes == 3 and dataset.shape == (3 if 3 in shape else 1, 8, 8)
+    assert [len(split.labels) for split in (dataset.train, dataset.val, dataset.test)] == [90, 10, 20]
+    stored = torch.from_numpy(images).float().reshape(120, *shape) / 127.5 - 1
+    stored = stored.unsqueeze(1) if len(shape) == 2 else stored.permute(0, 3, 1, 2) if shape[2] == 3 else stored
+    for x, label in zip(dataset.test.images, dataset.test.labels, strict=True):
+        same = (stored - x).abs().flatten(1).amax(1) < 1e-5
+        assert same.sum() == 1 and same.nonzero().item() % 3 == label
+    assert data.load("folder", tmp_path / "mine.npz", 6).shape[1:] == (6, 6)
 
 
 def test_a_folder_trains_samples_and_is_evaluated(tmp_path):

@@ -116,10 +116,9 @@ def test_class_conditional_chains_climb_the_logit_of_the_class_that_they_were_as
 
 def test_long_chains_are_one_run_whose_first_row_is_the_restart_distribution(report, checkpoint, digits):
     model, sizes = runs.load_model(checkpoint, "cpu"), {"long_chains": 50, "longest": 30}
-    args = argparse.Namespace(seed=0)
-    found = chain_quality.long_chains(checkpoint, model, digits, args, sizes, report, torch.device("cpu"))
+    args, network = argparse.Namespace(seed=0), chain_quality.feature_network(digits, report, torch.device("cpu"))
+    found = chain_quality.long_chains(checkpoint, model, network, digits, args, sizes, report, torch.device("cpu"))
     assert list(found["steps"]) == ["0", "10", "30"]
-    network = chain_quality.feature_network(digits, report, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     x, _ = chain_quality.starts(checkpoint, 50, generator)
     reference = predict(network.features, digits.test.images)

@@ -114,7 +114,12 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
     run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
     buffer = ReplayBuffer(16, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
     logged = {}
-    monkeypatch.setattr(run, "update", lambda loss, **values: logged.update(values, loss=loss))
+
+    def update(objective):
+        loss, values = objective()
+        logged.update(values, loss=loss)
+
+    monkeypatch.setattr(run, "update", update)
     before = buffer.images.clone()
     images, labels = digits.train.images[:16], digits.train.labels[:16]
     if hard:

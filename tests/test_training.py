@@ -40,7 +40,7 @@ def test_batches_come_in_epochs_with_noise_of_the_given_size(tmp_path, digits):
         seen.append(order)
         assert torch.equal(images, digits.train.images[order])
         noise.append(run.noisy(images) - images)
-        run.update(run.model(images).sum() * 0)
+        run.update(lambda: (run.model(images).sum() * 0, {}))  # noqa: B023
     assert len(seen) == 12 and len(torch.cat(seen).unique()) == 1200
     noise = torch.cat(noise)
     assert abs(noise.std() / 0.5 - 1) < 5 * (2 * noise.numel()) ** -0.5
@@ -62,7 +62,7 @@ def test_a_budget_of_minutes_ends_a_run_with_the_schedule_complete(tmp_path, dig
     monkeypatch.setattr(run, "minutes", lambda: next(clock) / 2)
     rates = []
     for images, _ in run.batches():
-        run.update(run.model(images).square().mean())
+        run.update(lambda: (run.model(images).square().mean(), {}))  # noqa: B023
         rates.append(run.lr)
     assert len(rates) == 20 and rates[-1] < 0.05 * max(rates) and run.done == 1
 
@@ -91,7 +91,7 @@ def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
     run = make_run(tmp_path, digits, "--ema-decay", "0.9", "--epochs", "1")
     bias, expected = run.model.head.bias, None
     for _ in zip(range(5), run.batches(), strict=False):
-        run.update(bias.sum())
+        run.update(lambda: (bias.sum(), {}))
         expected = bias.detach().clone() if expected is None else 0.9 * expected + 0.1 * bias.detach()
     torch.testing.assert_close(run.averaged.head.bias.detach(), expected)
     assert make_run(tmp_path, digits, "--ema-decay", "0").averaged.__class__.__name__ == "SmallCNN"
@@ -100,9 +100,29 @@ def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
 def test_the_norm_of_the_weight_gradient_is_clipped(tmp_path, digits):
     run = make_run(tmp_path, digits, "--max-grad-norm", "0.5", "--optimizer", "sgd", "--epochs", "1")
     for images, _ in zip(run.batches(), range(1), strict=False):
-        run.update(1000 * run.model(images[0]).square().sum())
+        run.update(lambda: (1000 * run.model(images[0]).square().sum(), {}))  # noqa: B023
     norm = sum(parameter.grad.square().sum() for parameter in run.model.parameters()) ** 0.5
     assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_sharpness_aware_steps_follow_the_gradient_found_up_the_loss(tmp_path, digits):
+    run = make_run(
+        tmp_path, digits, "--sam-rho", "0.5", "--optimizer", "sgd", "--lr", "0.1", "--epochs", "1", "--warmup-steps", "0"
+    )
+    weight, scale, calls = run.model.head.weight, torch.arange(1.0, 11.0)[:, None], []
+    start = weight.detach().clone()
+    gradient = scale * start  # of the loss below
+    higher = start + 0.5 * gradient / gradient.norm()
+
+    def objective():
+        calls.append(weight.detach().clone())
+        return (scale * weight.square()).sum() / 2, {"accuracy": torch.tensor(float(len(calls)))}
+
+    for _ in zip(range(1), run.batches(), strict=False):
+        run.update(objective)
+    torch.testing.assert_close(torch.stack(calls), torch.stack([start, higher]))
+    torch.testing.assert_close(weight.detach(), start - run.lr * scale * higher)
+    assert run.log.sums["accuracy"] == 1  # what is logged is the loss before the climb
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, digits):
