@@ -29,22 +29,22 @@ PRESETS = {
         "input_noise": 0.05, "augment": 0.0, "flip_prob": 0.0, "adversarial_eps": 0.0, "clean_share": 1.0,
         "p_x_weight": 0.3, "energy_reg": 0.001,
         "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
-        "buffer_size": 2000, "reinit_prob": 0.05, "long_chains": 0, "long_share": 0.0,
+        "buffer_size": 2000, "reinit_prob": 0.05, "restart_parts": 1, "long_chains": 0, "long_share": 0.0,
     },
     "mnist": {
-        "arch": "small-cnn", "width": 32, "depth": 2, "stem_stride": 2,
+        "arch": "small-cnn", "width": 40, "depth": 2, "stem_stride": 2,
         "epochs": 10, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
-        "input_noise": 0.05, "augment": 1.0, "flip_prob": 0.0, "adversarial_eps": 0.1, "clean_share": 0.75,
+        "input_noise": 0.05, "augment": 1.0, "flip_prob": 0.0, "adversarial_eps": 0.07, "clean_share": 0.75,
         "p_x_weight": 0.2, "energy_reg": 1e-4,
-        "steps": 5, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
-        "buffer_size": 10000, "reinit_prob": 0.02, "long_chains": 400, "long_share": 0.3,
+        "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
+        "buffer_size": 10000, "reinit_prob": 0.02, "restart_parts": 10, "long_chains": 400, "long_share": 0.3,
     },
 }  # fmt: skip
 PRESETS |= dict.fromkeys(("fashion-mnist", "kmnist", "emnist-letters", "folder"), PRESETS["mnist"])  # tuned for none of them
 # Colour: a wider and deeper network, mirrored images, a smaller attack, and less noise, for no clamp hides it in mid-tones.
 PRESETS["cifar10"] = PRESETS["cifar100"] = {
-    **PRESETS["mnist"], "width": 48, "depth": 3, "flip_prob": 0.5, "adversarial_eps": 0.02, "input_noise": 0.03,
-    "noise_std": 0.03, "pixel_grad_clip": 1.0,
+    **PRESETS["mnist"], "width": 48, "depth": 3, "pretrain_epochs": 3, "flip_prob": 0.5, "adversarial_eps": 0.02,
+    "input_noise": 0.03, "p_x_weight": 0.1, "noise_std": 0.02, "pixel_grad_clip": 1.0,
 }  # fmt: skip
 PRESETS["svhn"] = {**PRESETS["cifar10"], "flip_prob": 0.0}  # numbers mirrored are no numbers
 DATASETS = tuple(PRESETS)
@@ -54,7 +54,7 @@ PRESETS["paper"] = {
     "epochs": 150, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-4, "warmup_steps": 1000, "ema_decay": 0.0,
     "input_noise": 0.03, "augment": 1.0, "flip_prob": 0.5, "adversarial_eps": 0.0, "clean_share": 0.0, "p_x_weight": 1.0,
     "energy_reg": 0.0, "steps": 20, "step_size": 1.0, "noise_std": 0.01, "noise_first": False, "pixel_grad_clip": 0.0,
-    "buffer_size": 10000, "reinit_prob": 0.05, "long_chains": 0, "long_share": 0.0,
+    "buffer_size": 10000, "reinit_prob": 0.05, "restart_parts": 1, "long_chains": 0, "long_share": 0.0,
 }  # fmt: skip
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "mnist-ten-minutes.pt")
 WIDE_RESNET_SHAPE = {"width": 2, "depth": 10, "stem_stride": 1}  # sized for a laptop; the paper's is --width 10 --depth 28

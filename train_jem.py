@@ -74,8 +74,7 @@ def build_parser():
         help="where chains start: uniform noise, or Gaussians fitted to the training images of each class",
     )  # fmt: skip
     group.add_argument(
-        "--restart-parts", type=cli.positive_int, default=1,
-        help="Gaussians of each class, fitted to its clusters; chains then start nearer to data",
+        "--restart-parts", type=cli.positive_int, help="Gaussians of each class, fitted to clusters of its training images"
     )  # fmt: skip
     group = cli.add_run_flags(parser)
     cli.add_rerun_flags(group)
