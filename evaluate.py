@@ -56,6 +56,7 @@ if __name__ == "__main__":
 import json
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import chain_quality
@@ -108,6 +109,8 @@ def evaluate(args, device):
             )
         models["classifier"] = runs.load_model(classifier, device).eval()
     jem = models["jem"]
+    for name in args.ood or ():  # a mistake is told before anything is measured
+        data.load_ood(name, dataset.test.images[:1], args.data_dir, 1, torch.Generator(), args.download)
     with runs.run_folder(args) as folder:
         network = chain_quality.feature_network(dataset, folder, device)
         sections = {
