@@ -44,8 +44,9 @@ PRESETS |= dict.fromkeys(("fashion-mnist", "kmnist", "emnist-letters", "folder")
 # Colour: a wider and deeper network, mirrored images, no attacks, less noise, for no clamp hides it in mid-tones, and no
 # cross-entropy on images as they are: with MNIST's share of it the network learns CIFAR-10's by heart in five epochs.
 PRESETS["cifar10"] = PRESETS["cifar100"] = {
-    **PRESETS["mnist"], "width": 48, "depth": 3, "pretrain_epochs": 3, "flip_prob": 0.5, "adversarial_eps": 0.0, "clean_share": 0.0,
-    "input_noise": 0.03, "p_x_weight": 0.1, "noise_std": 0.02, "pixel_grad_clip": 1.0,
+    **PRESETS["mnist"], "width": 48, "depth": 3, "pretrain_epochs": 3,
+    "flip_prob": 0.5, "adversarial_eps": 0.0, "clean_share": 0.0, "input_noise": 0.03, "p_x_weight": 0.1,
+    "noise_std": 0.02, "pixel_grad_clip": 1.0,
 }  # fmt: skip
 PRESETS["svhn"] = {**PRESETS["cifar10"], "flip_prob": 0.0}  # numbers mirrored are no numbers
 DATASETS = tuple(PRESETS)

@@ -354,7 +354,7 @@ def _torchvision_part(name, data_dir, download, train=False):
     for fetch in (False, True) if download else (False,):
         try:
             return getattr(torchvision.datasets, kind)(data_dir, download=fetch, **settings)
-        except Exception as error:  # each of the seven raises in its own way
+        except Exception as error:  # each of them raises in its own way
             reason, cause = (str(error).strip() or type(error).__name__).splitlines()[0], error
     raise UserError(f"{name} is not under {str(data_dir)!r} ({reason}){advice}: name its folder with --data-dir") from cause
 

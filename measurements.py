@@ -77,7 +77,7 @@ def out_of_distribution(models, dataset, args, sizes, folder, device):
     Returns {"sets": what each set is, "skipped": lines, "results": {model: {set: {score: detection}}}}.
     """
     sets, described, skipped = {}, {}, []
-    for name in args.ood or [*data.GENERATED, *data.TORCHVISION]:
+    for name in args.ood or [name for name in [*data.GENERATED, *data.TORCHVISION] if name != dataset.name]:
         generator = torch.Generator().manual_seed(args.seed)
         try:
             images, words = data.load_ood(name, dataset.test.images, args.data_dir, sizes["ood"], generator, args.download)

@@ -200,6 +200,16 @@ def test_torchvisions_sets_are_read_from_their_files_the_right_way_up(name, fold
     assert (images[:, :, 0] > 0.9).all() and (images[:, :, 4:] < -0.9).all()
 
 
+def test_without_names_a_data_set_is_not_told_from_itself(digits, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "load_ood", lambda name, *rest: asked.append(name) or (digits.test.images[:20], ""))
+    monkeypatch.setattr(measurements.plots, "save_roc_curves", lambda *rest: None)
+    args = argparse.Namespace(ood=None, seed=0, data_dir="unused", download=False)
+    kmnist = digits._replace(name="kmnist")
+    measurements.out_of_distribution({}, kmnist, args, {"ood": 20, "resamples": 2}, tmp_path, torch.device("cpu"))
+    assert asked == [name for name in [*data.GENERATED, *data.TORCHVISION] if name != "kmnist"] and len(asked) > 10
+
+
 def test_unusable_sets_are_refused_with_what_to_do(digits, tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
     np.save(tmp_path / "nan.npy", np.full((3, 8, 8), np.nan))
