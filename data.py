@@ -350,13 +350,13 @@ def _torchvision_part(name, data_dir, download, train=False):
     import torchvision.datasets
 
     kind, settings, parts = TORCHVISION[name]
-    settings, advice = {**settings, **parts[0 if train else 1]}, "" if download else "; --download fetches it"
+    settings, advice = {**settings, **parts[0 if train else 1]}, "" if download else ", or download it with --download"
     for fetch in (False, True) if download else (False,):
         try:
             return getattr(torchvision.datasets, kind)(data_dir, download=fetch, **settings)
         except Exception as error:  # each of them raises in its own way
             reason, cause = (str(error).strip() or type(error).__name__).splitlines()[0], error
-    raise UserError(f"{name} is not under {str(data_dir)!r} ({reason}){advice}: name its folder with --data-dir") from cause
+    raise UserError(f"{name} is not under {str(data_dir)!r} ({reason}): name its folder with --data-dir{advice}") from cause
 
 
 def _raw_images(part):
