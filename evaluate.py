@@ -56,7 +56,6 @@ if __name__ == "__main__":
 import json
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import chain_quality
@@ -109,13 +108,13 @@ def evaluate(args, device):
             )
         models["classifier"] = runs.load_model(classifier, device).eval()
     jem = models["jem"]
-    for name in args.ood or ():  # a mistake is told before anything is measured
-        data.load_ood(name, dataset.test.images[:1], args.data_dir, 1, torch.Generator(), args.download)
+    with parallel.first_on_each_node():
+        ood = measurements.ood_sets(dataset, args, sizes, device)  # here, so that a mistake is told before anything is measured
     with runs.run_folder(args) as folder:
         network = chain_quality.feature_network(dataset, folder, device)
         sections = {
             "classification": lambda: measurements.classification(models, dataset, sizes),
-            "out_of_distribution": lambda: measurements.out_of_distribution(models, dataset, args, sizes, folder, device),
+            "out_of_distribution": lambda: measurements.out_of_distribution(models, dataset, ood, sizes, folder, device),
             "robustness": lambda: measurements.robustness(models, checkpoint, dataset, args, sizes, folder, device),
             "distal_adversarials": lambda: measurements.distal_adversarials(models, args, folder, device, dataset.shape),
             "samples": lambda: chain_quality.samples(checkpoint, jem, network, dataset, args, sizes, folder, device),

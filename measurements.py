@@ -71,10 +71,11 @@ def ood_scores(model, images):
     }
 
 
-def out_of_distribution(models, dataset, args, sizes, folder, device):
-    """Measure how each score of each model tells the test set from other data; draws histograms and ROC curves.
+def ood_sets(dataset, args, sizes, device):
+    """Load the out-of-distribution sets that --ood names, or all that are there but the data set itself.
 
-    Returns {"sets": what each set is, "skipped": lines, "results": {model: {set: {score: detection}}}}.
+    Returns ({label: images (n, C, H, W) on the device}, {label: what the set is}, why those that are missing were skipped).
+    Raises UserError where a named set cannot be had.
     """
     sets, described, skipped = {}, {}, []
     for name in args.ood or [name for name in [*data.GENERATED, *data.TORCHVISION] if name != dataset.name]:
@@ -88,6 +89,16 @@ def out_of_distribution(models, dataset, args, sizes, folder, device):
             continue
         label = name if name in data.GENERATED or name in data.TORCHVISION else Path(name).stem
         sets[label], described[label] = images.to(device), f"{len(images)} images, {words}"
+    return sets, described, skipped
+
+
+def out_of_distribution(models, dataset, ood, sizes, folder, device):
+    """Measure how each score of each model tells the test set from other data; draws histograms and ROC curves.
+
+    ood: what `ood_sets` returned.
+    Returns {"sets": what each set is, "skipped": lines, "results": {model: {set: {score: detection}}}}.
+    """
+    sets, described, skipped = ood
     results, scored = {}, {}
     for model_name, model in models.items():
         inside = ood_scores(model, dataset.test.images.to(device))

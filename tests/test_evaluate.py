@@ -200,13 +200,12 @@ def test_torchvisions_sets_are_read_from_their_files_the_right_way_up(name, fold
     assert (images[:, :, 0] > 0.9).all() and (images[:, :, 4:] < -0.9).all()
 
 
-def test_without_names_a_data_set_is_not_told_from_itself(digits, tmp_path, monkeypatch):
+def test_without_names_a_data_set_is_not_told_from_itself(digits, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "load_ood", lambda name, *rest: asked.append(name) or (digits.test.images[:20], ""))
-    monkeypatch.setattr(measurements.plots, "save_roc_curves", lambda *rest: None)
     args = argparse.Namespace(ood=None, seed=0, data_dir="unused", download=False)
     kmnist = digits._replace(name="kmnist")
-    measurements.out_of_distribution({}, kmnist, args, {"ood": 20, "resamples": 2}, tmp_path, torch.device("cpu"))
+    measurements.ood_sets(kmnist, args, {"ood": 20}, torch.device("cpu"))
     assert asked == [name for name in [*data.GENERATED, *data.TORCHVISION] if name != "kmnist"] and len(asked) > 10
 
 
