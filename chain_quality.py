@@ -54,10 +54,13 @@ def extend(checkpoint, model, x, steps, generator, labels=None, callback=None):
     )  # fmt: skip
 
 
-def starts(checkpoint, count, generator):
-    """Draw from the restart distribution, class after class: (count, C, H, W) float in [-1, 1], and labels (count,)."""
-    restart = restart_from_state(checkpoint["restart"], generator.device)
-    labels = torch.arange(count, device=generator.device) % restart.num_classes
+def starts(checkpoint, count, generator, by_turns=False):
+    """Draw from the restart distribution: (count, C, H, W) float in [-1, 1], and labels (count,).
+
+    The classes are as frequent as the restart distribution has them, or come by turns.
+    """
+    restart, numbers = restart_from_state(checkpoint["restart"], generator.device), torch.arange(count, device=generator.device)
+    labels = numbers % restart.num_classes if by_turns else restart.labels(numbers)
     return restart.draw(labels, generator), labels
 
 
@@ -148,7 +151,7 @@ def class_conditional(checkpoint, model, network, dataset, args, sizes, folder, 
     Draws ten such chains of each class, a row for each class.
     """
     generator = torch.Generator(device).manual_seed(args.seed + 4)
-    x, labels = starts(checkpoint, sizes["conditional"], generator)
+    x, labels = starts(checkpoint, sizes["conditional"], generator, by_turns=True)
     steps = runs.FRESH_STEPS
     before = predict(network, x).argmax(1) == labels
     x = extend(checkpoint, model, x, steps, generator, labels)

@@ -100,11 +100,7 @@ class Chains:
         if self.slots is not None:
             return self.checkpoint["buffer"]["images"][self.slots[numbers]]
         if self.pictures is None or self.free is not None:
-            drawn = labels
-            if drawn is None:
-                settings = {"device": self.device, "generator": self.generator}
-                drawn = torch.randint(self.restart.num_classes, (len(numbers),), **settings)
-            x = self.restart.draw(drawn, self.generator)
+            x = self.restart.draw(self.restart.labels(numbers) if labels is None else labels, self.generator)
             return x if self.free is None else torch.where(self.free, x, self._held(numbers))
         return add_noise(self._held(numbers), self.args.denoise or 0, self.generator)
 

@@ -26,17 +26,17 @@ PRESETS = {
     "digits": {
         "arch": "small-cnn", "width": 48, "depth": 2, "stem_stride": 1,
         "epochs": 60, "pretrain_epochs": 20, "batch_size": 64, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.99,
-        "input_noise": 0.05, "augment": 0.0, "flip_prob": 0.0, "adversarial_eps": 0.0, "clean_share": 1.0,
-        "p_x_weight": 0.3, "energy_reg": 0.001,
-        "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
+        "input_noise": 0.05, "augment": 0.0, "flip_prob": 0.0, "clean_share": 1.0,
+        "adversarial_eps": 0.0, "attack_share": 1.0, "p_x_weight": 0.3, "energy_reg": 0.001,
+        "chain_batch_size": 64, "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
         "buffer_size": 2000, "reinit_prob": 0.05, "restart_parts": 1, "long_chains": 0, "long_share": 0.0,
     },
     "mnist": {
         "arch": "small-cnn", "width": 40, "depth": 2, "stem_stride": 2,
         "epochs": 10, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
-        "input_noise": 0.05, "augment": 1.0, "flip_prob": 0.0, "adversarial_eps": 0.07, "clean_share": 0.75,
-        "p_x_weight": 0.2, "energy_reg": 1e-4,
-        "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
+        "input_noise": 0.05, "augment": 1.0, "flip_prob": 0.0, "clean_share": 0.75,
+        "adversarial_eps": 0.07, "attack_share": 1.0, "p_x_weight": 0.2, "energy_reg": 1e-4,
+        "chain_batch_size": 64, "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
         "buffer_size": 10000, "reinit_prob": 0.02, "restart_parts": 10, "long_chains": 400, "long_share": 0.3,
     },
 }  # fmt: skip
@@ -54,8 +54,9 @@ DATASETS = tuple(PRESETS)
 PRESETS["paper"] = {
     "arch": "wide-resnet", "width": 10, "depth": 28, "stem_stride": 1,
     "epochs": 150, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-4, "warmup_steps": 1000, "ema_decay": 0.0,
-    "input_noise": 0.03, "augment": 1.0, "flip_prob": 0.5, "adversarial_eps": 0.0, "clean_share": 0.0, "p_x_weight": 1.0,
-    "energy_reg": 0.0, "steps": 20, "step_size": 1.0, "noise_std": 0.01, "noise_first": False, "pixel_grad_clip": 0.0,
+    "input_noise": 0.03, "augment": 1.0, "flip_prob": 0.5, "clean_share": 0.0, "adversarial_eps": 0.0, "attack_share": 1.0,
+    "p_x_weight": 1.0, "energy_reg": 0.0,
+    "chain_batch_size": 64, "steps": 20, "step_size": 1.0, "noise_std": 0.01, "noise_first": False, "pixel_grad_clip": 0.0,
     "buffer_size": 10000, "reinit_prob": 0.05, "restart_parts": 1, "long_chains": 0, "long_share": 0.0,
 }  # fmt: skip
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "mnist-ten-minutes.pt")
@@ -204,7 +205,7 @@ def add_optimisation_flags(parser):
         help="wall-clock budget in minutes, from the start of the script, within which the learning-rate schedule "
         "completes; without --epochs it alone decides the length, with it whichever ends first",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=positive_int, help="training images, and chains, in an iteration")
+    group.add_argument("--batch-size", type=positive_int, help="training images in an iteration")
     group.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), default="adam", help="optimiser; sgd has momentum 0.9")
     group.add_argument("--lr", type=positive, help="learning rate of the optimiser at its highest")
     group.add_argument(

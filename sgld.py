@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+GOLDEN_RATIO = (1 + 5**0.5) / 2
 LARGE = 1024  # coordinates up to which a Gaussian's covariance is decomposed exactly
 
 
@@ -183,6 +184,10 @@ class UniformRestart:
     def __init__(self, shape, num_classes):
         self.shape, self.num_classes = tuple(shape), num_classes
 
+    def labels(self, numbers):
+        """Return the classes (N,) int64 of the chains of these numbers, (N,) int64: by turns."""
+        return numbers % self.num_classes
+
     def draw(self, labels, generator=None, wanted=None):
         """Draw one start for each of labels (N,): (N, *shape) float in [-1, 1] on the labels' device; wanted: any."""
         x = torch.rand((len(labels), *self.shape), device=labels.device, generator=generator)
@@ -203,7 +208,7 @@ class GaussianRestart:
     full covariance and has one Gaussian for each class.
 
     mean: (K C, D), the C Gaussians of a class one after the other. factor: (K C, D, rank). shape: of one chain, D = product
-    of shape. weights: (K, C), how often each of a class's Gaussians is drawn, or None for C = 1.
+    of shape. weights: (K, C), how often each of the Gaussians is drawn, of any sum, or None for all alike and C = 1.
 
     >>> images, labels = torch.rand(100, 1, 4, 4) * 2 - 1, torch.arange(100) % 2
     >>> GaussianRestart.fit(images, labels, num_classes=2, rank=3).draw(torch.tensor([0, 1, 1])).shape
@@ -234,12 +239,21 @@ class GaussianRestart:
                 raise ValueError(f"class {label} has {size} training images; a Gaussian needs at least 2")
             for part in range(count):
                 members = flat[(labels == label) & (parts == part)]
-                weights.append(len(members) / size)
+                weights.append(len(members) / len(labels))
                 means.append(members.mean(0) if len(members) else torch.zeros_like(flat[0]))
                 enough = len(members) > 1
                 factors.append(_principal_factor(members - means[-1], rank) if enough else flat.new_zeros(flat.shape[1], rank))
         weights = torch.tensor(weights, device=flat.device).view(num_classes, count)
         return cls(torch.stack(means), torch.stack(factors), images.shape[1:], weights)
+
+    def labels(self, numbers):
+        """Return the classes (N,) int64 of the chains of these numbers, (N,) int64: as frequent as in the training images.
+
+        Multiples of the golden ratio modulo 1 spread evenly over [0, 1], so any run of numbers has nearly those frequencies.
+        """
+        edges = self.weights.sum(1).cpu().double().cumsum(0)  # mps has no float64
+        places = (numbers.cpu().double() + 0.5) * GOLDEN_RATIO % 1
+        return torch.searchsorted(edges[:-1] / edges[-1], places, right=True).to(numbers.device)
 
     def draw(self, labels, generator=None, wanted=None):
         """Draw one start for each of labels (N,) from its class: (N, *shape) float, clamped to [-1, 1].

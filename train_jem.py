@@ -34,16 +34,16 @@ def build_parser():
     )  # fmt: skip
     group.add_argument("--energy-reg", type=cli.non_negative, help="weight of the regulariser mean E^2 over data and chains")
     group.add_argument(
-        "--adversarial-eps", type=cli.fraction,
-        help="adversarial training: the augmented images of the cross-entropy, after one attack step inside this L-inf radius, "
-        "pixels on [0, 1]; 0: not",
+        "--clean-share", type=cli.fraction,
+        help="share of the cross-entropy on images as they are, the rest being on the augmented ones",
     )  # fmt: skip
     group.add_argument(
-        "--clean-share",
-        type=cli.fraction,
-        help="share of the cross-entropy on images as they are, the rest being on the augmented and attacked ones",
-    )
+        "--adversarial-eps", type=cli.fraction,
+        help="adversarial training: augmented images after one attack step inside this L-inf radius, pixels on [0, 1]; 0: not",
+    )  # fmt: skip
+    group.add_argument("--attack-share", type=cli.fraction, help="share of the augmented images that are attacked")
     group = parser.add_argument_group("SGLD")
+    group.add_argument("--chain-batch-size", type=cli.positive_int, help="chains that are drawn and run in an iteration")
     group.add_argument("--steps", type=cli.positive_int, help="Langevin steps of each chain in an iteration")
     group.add_argument("--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]")
     group.add_argument(
@@ -108,20 +108,21 @@ def parse_args(argv=None):
     if args.no_guard:
         args.max_rollbacks = 0
     try:
-        check_draws(args)
+        check_draws(args, args.chain_batch_size)
     except cli.UserError as error:
         parser.error(str(error))
     return args
 
 
-def check_draws(args, ranks=1):
-    """Raise UserError where a rank's share of the replay buffer has fewer chains than its share of a batch draws."""
-    batch, long_chains = args.batch_size // ranks, args.long_chains // ranks
-    long, ordinary = round(args.long_share * batch), (args.buffer_size - args.long_chains) // ranks
-    if long > long_chains or batch - long > ordinary:
+def check_draws(args, drawn, ranks=1):
+    """Raise UserError where a rank's share of the replay buffer has fewer chains than it draws in an iteration."""
+    long_chains, ordinary = args.long_chains // ranks, (args.buffer_size - args.long_chains) // ranks
+    long = round(args.long_share * drawn)
+    if long > long_chains or drawn - long > ordinary:
         raise cli.UserError(
-            f"each iteration draws {long} long chains and {batch - long} others, of {long_chains} and "
-            f"{ordinary}{' on each process' * (ranks > 1)}: change --long-chains, --long-share or --buffer-size"
+            f"each iteration draws {long} long chains and {drawn - long} others, of {long_chains} and "
+            f"{ordinary}{' on each process' * (ranks > 1)}: "
+            "change --chain-batch-size, --long-chains, --long-share or --buffer-size"
         )
 
 
@@ -175,7 +176,7 @@ class ReplayBuffer:
     def __init__(self, size, restart, reinit_prob, device="cpu", generator=None, long_chains=0, long_share=0.0):
         self.restart, self.reinit_prob = restart, reinit_prob
         self.long_chains, self.long_share = long_chains, long_share
-        self.labels = torch.arange(size, device=device) % restart.num_classes
+        self.labels = restart.labels(torch.arange(size, device=device))
         self.images = restart.draw(self.labels, generator)
         self.ages = torch.zeros(size, dtype=torch.int64, device=device)
 
@@ -298,12 +299,14 @@ def sgld_settings(args):
 
 
 def attacked(run, images, labels):
-    """Return images (N, C, H, W) after one step up the cross-entropy within --adversarial-eps, or as they are for 0."""
-    if not run.args.adversarial_eps:
+    """Return images (N, C, H, W), the first --attack-share of them after one step up the cross-entropy, L-inf."""
+    count = round(run.args.attack_share * len(images)) if run.args.adversarial_eps else 0
+    if not count:
         return images
 
     settings = {"generator": run.generator, "module": run.model}
-    return single_step(run.logits, images, labels, "linf", run.args.adversarial_eps, **settings)
+    moved = single_step(run.logits, images[:count], labels[:count], "linf", run.args.adversarial_eps, **settings)
+    return torch.cat([moved, images[count:]])
 
 
 def iterate(run, buffer, images, labels):
@@ -313,7 +316,7 @@ def iterate(run, buffer, images, labels):
     """
     args, generator, conditional = run.settings, run.generator, run.args.p_xy_weight > 0
 
-    slots, starts, chain_labels = buffer.draw(len(images), generator)
+    slots, starts, chain_labels = buffer.draw(args.chain_batch_size // parallel.ranks(), generator)
     chains = run_chains(
         run.energy_of, starts, args.steps, **sgld_settings(args),
         labels=chain_labels if conditional else None, module=run.model, generator=generator,
@@ -325,13 +328,13 @@ def iterate(run, buffer, images, labels):
     positives = run.noisy(images)
     if args.clamp:
         positives = positives.clamp(-args.clamp, args.clamp)  # the data lie where the chains can go
-    batch = [positives, chains]
+    parts = [positives, chains]
     if args.clean_share < 1:
-        batch.append(attacked(run, run.augmented(images), labels))
-    batch = torch.cat(batch)
+        parts.append(attacked(run, run.augmented(images), labels))
+    batch, sizes = torch.cat(parts), [len(part) for part in parts]
 
     def objective():
-        logits, chain_logits, *hard_logits = run.logits(batch, run.wrapped).split(len(images))
+        logits, chain_logits, *hard_logits = run.logits(batch, run.wrapped).split(sizes)
         energy_positive, energy_negative = energy(logits), energy(chain_logits)
 
         cross = args.clean_share * cross_entropy(logits, labels)
@@ -478,7 +481,7 @@ def main(argv=None):
     device = runs.pick_device(args.device)
     with parallel.group(device), runs.run_folder(args) as folder:
         resumed = runs.open_checkpoint(folder / "jem.pt", args)
-        check_draws(args, parallel.ranks())
+        check_draws(args, parallel.share(args.chain_batch_size, "--chain-batch-size"), parallel.ranks())
         with parallel.first_on_each_node():
             dataset = data.load(args.dataset, args.data_dir, args.image_size)
         print(cli.describe_settings(args), flush=True)

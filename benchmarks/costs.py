@@ -55,14 +55,19 @@ STARTS = 5
 
 def iteration_costs(device):
     """Return {axis: [[value, milliseconds]]}: an iteration of training against K, batch and image size, the rest held."""
-    base = {"steps": 5, "batch": 64, "size": 28}
+    base = {"steps": cli.PRESETS["mnist"]["steps"], "batch": 64, "size": 28}
     return {axis: [[value, iteration_cost(device, **{**base, axis: value})] for value in AXES[axis]] for axis in AXES}
 
 
 def iteration_cost(device, steps, batch, size):
-    """Return the milliseconds, median of 7, of an iteration of the MNIST preset's training on random images."""
+    """Return the milliseconds, median of 7, of an iteration of the MNIST preset's training on random images.
+
+    Of batch images, and chains in the preset's proportion.
+    """
+    preset = cli.PRESETS["mnist"]
+    chains = max(1, batch * preset["chain_batch_size"] // preset["batch_size"])
     flags = ["--dataset", "mnist", "--from-scratch", "--steps", str(steps), "--batch-size", str(batch)]
-    args = train_jem.parse_args([*flags, "--buffer-size", "2000"])
+    args = train_jem.parse_args([*flags, "--chain-batch-size", str(chains), "--buffer-size", "2000"])
     split = data.Split(2 * torch.rand(1024, 1, size, size) - 1, torch.arange(1024) % 10)
     dataset = data.Dataset("mnist", 10, split, split, split)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,17 +22,20 @@ sys.path.insert(0, str(ROOT))
 
 import cli
 
-# The first is the network of the MNIST preset, the second the one without its strided first layer, about as large.
+PRESET = cli.PRESETS["mnist"]
+OF_MNIST = {name: PRESET[name] for name in ("arch", "width", "depth", "stem_stride")} | {"channels": 1, "image_size": 28}
+WIDE_RESNET = {"arch": "wide-resnet", "stem_stride": 1, "channels": 3, "image_size": 32}
+# The second is the first without its strided first layer, about as large.
 NETWORKS = {
-    "small-cnn": {"arch": "small-cnn", "width": 32, "depth": 2, "stem_stride": 2, "channels": 1, "image_size": 28},
+    "small-cnn": OF_MNIST,
     "small-cnn, first layer 3x3": {
-        "arch": "small-cnn", "width": 16, "depth": 3, "stem_stride": 1, "channels": 1, "image_size": 28,
+        **OF_MNIST, "width": OF_MNIST["width"] // 2, "depth": OF_MNIST["depth"] + 1, "stem_stride": 1,
     },
-    "wide-resnet 10-2": {"arch": "wide-resnet", "width": 2, "depth": 10, "stem_stride": 1, "channels": 3, "image_size": 32},
-    "wide-resnet 28-10": {"arch": "wide-resnet", "width": 10, "depth": 28, "stem_stride": 1, "channels": 3, "image_size": 32},
+    "wide-resnet 10-2": WIDE_RESNET | {"width": 2, "depth": 10},
+    "wide-resnet 28-10": WIDE_RESNET | {"width": 10, "depth": 28},
 }  # fmt: skip
 MATRIX = 2048  # side of the matrices whose product is the limit
-SGLD = {"step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0, "clamp": (-1, 1)}
+SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")} | {"clamp": (-1, 1)}
 
 
 def parse_args(argv=None):
@@ -128,7 +131,7 @@ def candidates(model, x):
     precision = runs.pick_precision("auto", device)
     now = runs.chain_energy(model, device, precision)
     plain = copy.deepcopy(model)
-    plain.features[0] = torch.nn.Conv2d(1, 32, 5, stride=2, padding=2)
+    plain.features[0] = torch.nn.Conv2d(1, OF_MNIST["width"], 5, stride=2, padding=2)
     plain.features[0].load_state_dict(model.features[0].state_dict())
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     cast = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
@@ -167,8 +170,8 @@ def candidates(model, x):
 def time_candidates(args, device):
     """Time the candidates by turns at the MNIST preset's batch and K; returns [{name, milliseconds_per_step, spread}]."""
     torch.manual_seed(0)
-    model = build_model(num_classes=10, **NETWORKS["small-cnn"]).to(device)
-    x, steps = 2 * torch.rand(64, 1, 28, 28, device=device) - 1, 5
+    model = build_model(num_classes=10, **OF_MNIST).to(device)
+    x, steps = 2 * torch.rand(PRESET["chain_batch_size"], 1, 28, 28, device=device) - 1, PRESET["steps"]
     work = candidates(model, x)
     taken = {name: [] for name in work}
     for round_ in range(4 * args.rounds + 1):
@@ -271,7 +274,8 @@ def markdown(args, rows, parts):
         now = parts[0]["milliseconds_per_step"]
         lines += [
             "",
-            "The step of the MNIST preset (batch 64, K 5), changed in one thing each; spread is between quartiles:",
+            f"The step of the MNIST preset (batch {PRESET['chain_batch_size']}, K {PRESET['steps']}), "
+            "changed in one thing each; spread is between quartiles:",
             "",
         ]
         lines += ["| | ms a step | spread | times as long |", "| --- | --- | --- | --- |"]

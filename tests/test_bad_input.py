@@ -27,7 +27,7 @@ CASES = [
     ("train_jem", ["--out-dir", "{empty}", "--device", "abacus"], "--device cpu"),
     ("train_jem", ["--out-dir", "{empty}", "--depth", "4"], "lower depth"),
     ("train_jem", ["--out-dir", "{empty}", "--arch", "wide-resnet", "--depth", "11"], "6n + 4"),
-    ("train_jem", ["--out-dir", "{empty}", "--batch-size", "1500", "--buffer-size", "1500"], "lower it"),
+    ("train_jem", ["--out-dir", "{empty}", "--batch-size", "1500"], "lower it"),
     ("train_jem", ["--out-dir", "{run}/metrics.csv"], "--out-dir"),
     ("train_classifier", ["--out-dir", "{run}"], "--overwrite"),
     ("train_classifier", ["--out-dir", "{empty}", "--resume"], "nothing to resume"),

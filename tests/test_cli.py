@@ -75,8 +75,8 @@ def test_a_preset_follows_the_data_set_and_any_flag_overrides_it():
         "--reinit-prob 1.5", "--ema-decay 1",
         "--noise-std inf", "--dataset imagenet", "--restart laplace", "--resume --overwrite",
         "--classifier a.pt --from-scratch", "--p-x-weight 1 --p-xy-weight 1", "--p-x-weight 0",
-        "--batch-size 100 --buffer-size 50", "--from-scratch --pretrain-epochs 3", "--dry-run --resume", "--max-minutes 0",
-        "stray",
+        "--chain-batch-size 100 --buffer-size 50", "--from-scratch --pretrain-epochs 3", "--dry-run --resume",
+        "--max-minutes 0", "stray",
     ],
 )  # fmt: skip
 def test_flags_that_are_wrong_or_contradict_each_other_end_in_one_sentence(argv, capsys):

@@ -152,6 +152,7 @@ def test_a_run_in_the_way_a_batch_that_cannot_be_shared_and_a_small_buffer_are_t
     for flags, words in [
         ([*FLAGS, "--out-dir", whole], "holds a finished run"),
         ([*FLAGS, "--batch-size", 63, "--out-dir", tmp_path], "--batch-size 63 cannot be shared equally among 2 processes"),
+        ([*FLAGS, "--chain-batch-size", 63, "--out-dir", tmp_path], "--chain-batch-size 63 cannot be shared equally"),
         ([*FLAGS, "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ]:
         _, errors = run(2, "train_jem.py", *flags, code=1)  # torchrun's own exit code

@@ -340,6 +340,18 @@ def test_a_class_without_images_is_named():
         GaussianRestart.fit(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64), 2)
 
 
+def test_classes_are_as_frequent_among_the_chains_as_in_the_training_images():
+    images, labels = torch.rand(200, 1, 2, 2), torch.tensor([0] * 100 + [1] * 80 + [2] * 20)
+    for parts in (None, torch.arange(200) % 3):
+        restart = GaussianRestart.fit(images, labels, 3, parts=parts)
+        for numbers in (torch.arange(1000), torch.arange(5000, 6000)):
+            counts = restart.labels(numbers).bincount(minlength=3)
+            torch.testing.assert_close(counts, torch.tensor([500, 400, 100]), atol=3, rtol=0)
+    one_each = GaussianRestart(torch.rand(3, 4), torch.rand(3, 4, 2), (1, 2, 2))
+    torch.testing.assert_close(one_each.labels(torch.arange(300)).bincount(), torch.tensor([100] * 3), atol=3, rtol=0)
+    assert UniformRestart((1, 2, 2), 3).labels(torch.arange(5)).tolist() == [0, 1, 2, 0, 1]
+
+
 def test_restart_distributions_survive_their_state_dict():
     labels = torch.tensor([0, 1, 1])
     for restart in (UniformRestart((1, 2, 2), 2), GaussianRestart(torch.rand(2, 4), torch.rand(2, 4, 3), (1, 2, 2))):

@@ -103,16 +103,19 @@ def test_the_energy_loss_has_the_value_and_the_sign_computed_by_hand():
     assert energy_regulariser(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])).item() == 5 + 2.5
 
 
-@pytest.mark.parametrize("hard", [[], ["--adversarial-eps", "0.1", "--clean-share", "0.3"]])
+HARD = ["--adversarial-eps", "0.1", "--clean-share", "0.3", "--attack-share"]
+
+
+@pytest.mark.parametrize("hard", [[], [*HARD, "1"], [*HARD, "0.25", "--chain-batch-size", "8", "--buffer-size", "8"]])
 @pytest.mark.parametrize("flags, conditional", [(["--p-x-weight", "0.7"], False), (["--p-xy-weight", "0.7"], True)])
 def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monkeypatch, flags, conditional, hard):
     args = train_jem.parse_args(
-        [*TINY, *flags, "--batch-size", "16", "--buffer-size", "16", "--reinit-prob", "0", "--energy-reg", "0.02",
+        [*TINY, *flags, "--batch-size", "16", "--chain-batch-size", "16", "--buffer-size", "16", "--energy-reg", "0.02",
          "--p-y-given-x-weight", "0.4", "--precision", "float32", "--input-noise", "0", "--augment", "0",
          "--adversarial-eps", "0", *hard]
     )  # fmt: skip
     run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
-    buffer = ReplayBuffer(16, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
+    buffer = ReplayBuffer(args.buffer_size, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
     logged = {}
 
     def update(objective):
@@ -134,7 +137,9 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
         gap = energy(logits).mean() - energy(chain_logits).mean()
     cross = -logits.log_softmax(1)[range(16), labels].mean()
     if hard:  # the density's terms see the images as they are
-        cross = 0.3 * cross - 0.7 * run.model(images.flip(3)).log_softmax(1)[range(16), labels].mean()
+        attacked = round(16 * args.attack_share)
+        augmented = torch.cat([images[:attacked].flip(3), images[attacked:]])
+        cross = 0.3 * cross - 0.7 * run.model(augmented).log_softmax(1)[range(16), labels].mean()
     squares = energy(logits).square().mean() + energy(chain_logits).square().mean()
     torch.testing.assert_close(logged["loss"], 0.4 * cross + 0.7 * gap + 0.02 * squares)
     torch.testing.assert_close(logged["energy_gap"], energy(chain_logits).mean() - energy(logits).mean())
@@ -148,6 +153,9 @@ def test_adversarial_training_attacks_within_its_radius_and_raises_the_loss(tmp_
     assert (hard - images).abs().max() <= 0.2 + 1e-6 and hard.abs().max() <= 1
     losses = [torch.nn.functional.cross_entropy(run.model(x), labels).item() for x in (images, hard)]
     assert losses[1] > losses[0]
+    run.args.attack_share = 0.3
+    some = train_jem.attacked(run, images, labels)
+    assert ((some != images).flatten(1).any(1) == (torch.arange(100) < 30)).all()
     run.args.adversarial_eps = 0
     assert train_jem.attacked(run, images, labels) is images
 
