@@ -29,7 +29,7 @@ PRESETS = {
         "input_noise": 0.05, "augment": 0.0, "flip_prob": 0.0, "clean_share": 1.0,
         "adversarial_eps": 0.0, "attack_share": 1.0, "p_x_weight": 0.3, "energy_reg": 0.001,
         "chain_batch_size": 64, "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
-        "buffer_size": 2000, "reinit_prob": 0.05, "restart_parts": 1, "long_chains": 0, "long_share": 0.0,
+        "buffer_size": 2000, "reinit_prob": 0.05, "restart_parts": 1, "restart_rank": 64, "long_chains": 0, "long_share": 0.0,
     },
     "mnist": {
         "arch": "small-cnn", "width": 40, "depth": 2, "stem_stride": 2,
@@ -37,7 +37,8 @@ PRESETS = {
         "input_noise": 0.05, "augment": 1.0, "flip_prob": 0.0, "clean_share": 0.75,
         "adversarial_eps": 0.07, "attack_share": 1.0, "p_x_weight": 0.2, "energy_reg": 1e-4,
         "chain_batch_size": 64, "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
-        "buffer_size": 10000, "reinit_prob": 0.02, "restart_parts": 10, "long_chains": 400, "long_share": 0.3,
+        "buffer_size": 10000, "reinit_prob": 0.02, "restart_parts": 10, "restart_rank": 64,
+        "long_chains": 400, "long_share": 0.3,
     },
 }  # fmt: skip
 PRESETS |= dict.fromkeys(("fashion-mnist", "kmnist", "emnist-letters", "folder"), PRESETS["mnist"])  # tuned for none of them
@@ -57,7 +58,7 @@ PRESETS["paper"] = {
     "input_noise": 0.03, "augment": 1.0, "flip_prob": 0.5, "clean_share": 0.0, "adversarial_eps": 0.0, "attack_share": 1.0,
     "p_x_weight": 1.0, "energy_reg": 0.0,
     "chain_batch_size": 64, "steps": 20, "step_size": 1.0, "noise_std": 0.01, "noise_first": False, "pixel_grad_clip": 0.0,
-    "buffer_size": 10000, "reinit_prob": 0.05, "restart_parts": 1, "long_chains": 0, "long_share": 0.0,
+    "buffer_size": 10000, "reinit_prob": 0.05, "restart_parts": 1, "restart_rank": 64, "long_chains": 0, "long_share": 0.0,
 }  # fmt: skip
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "mnist-ten-minutes.pt")
 WIDE_RESNET_SHAPE = {"width": 2, "depth": 10, "stem_stride": 1}  # sized for a laptop; the paper's is --width 10 --depth 28

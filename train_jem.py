@@ -76,6 +76,7 @@ def build_parser():
     group.add_argument(
         "--restart-parts", type=cli.positive_int, help="Gaussians of each class, fitted to clusters of its training images"
     )  # fmt: skip
+    group.add_argument("--restart-rank", type=cli.positive_int, help="principal directions of each Gaussian")
     group = cli.add_run_flags(parser)
     cli.add_rerun_flags(group)
     group.add_argument(
@@ -151,6 +152,7 @@ from training import Training
 
 OUTPUTS = ("jem.pt", "samples.png", "grids", "curves.png", "metrics.csv", "config.json")
 GRID_CHAINS = 64
+CLUSTER_SIZE = 50  # images, on average, at least
 PRETRAINING_SHARE = 0.2  # of --max-minutes, at most
 
 
@@ -266,13 +268,14 @@ def make_restart(args, dataset, device):
         return UniformRestart(dataset.shape, dataset.num_classes)
     images, labels = dataset.train
     parts = clusters(images, labels, args.restart_parts, args.seed).to(device) if args.restart_parts > 1 else None
-    return GaussianRestart.fit(images.to(device), labels.to(device), dataset.num_classes, parts=parts)
+    return GaussianRestart.fit(images.to(device), labels.to(device), dataset.num_classes, args.restart_rank, parts)
 
 
 def clusters(images, labels, count, seed):
     """Cut each class into `count` clusters by k-means on its leading principal components; returns (N,) int64 in 0..count-1.
 
-    images: (N, C, H, W) float; labels: (N,) int64. A class of fewer images has fewer clusters.
+    images: (N, C, H, W) float; labels: (N,) int64. A class has a cluster for each CLUSTER_SIZE of its images at most, so that
+    no start is a training image.
     """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
@@ -282,7 +285,8 @@ def clusters(images, labels, count, seed):
         members = (labels == label).nonzero().squeeze(1)
         flat = images[members].flatten(1).numpy()
         leading = PCA(min(30, *flat.shape), random_state=seed).fit_transform(flat)
-        found = KMeans(min(count, len(members)), n_init=1, random_state=seed).fit_predict(leading)
+        most = max(len(members) // CLUSTER_SIZE, 1)
+        found = KMeans(min(count, most), n_init=1, random_state=seed).fit_predict(leading)
         parts[members] = torch.from_numpy(found).long()
     return parts
 

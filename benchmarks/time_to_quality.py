@@ -28,7 +28,7 @@ import cli
 
 # Sizes of a measurement: buffer's and fresh chains, long chains and their steps; images, steps and restarts of the attacks.
 POINT = {"buffer": 2000, "fresh": 500, "long": 0, "longest": 0, "attacked": 200, "attack_steps": 10, "restarts": 1}
-QUICK = {"buffer": 5000, "fresh": 1000, "long": 200, "longest": 1000, "attacked": 300, "attack_steps": 20, "restarts": 1}
+QUICK = {"buffer": 5000, "fresh": 5000, "long": 400, "longest": 1000, "attacked": 300, "attack_steps": 20, "restarts": 1}
 FULL = {"buffer": 10_000, "fresh": 10_000, "long": 500, "longest": 1000, "attacked": 1000, "attack_steps": 40, "restarts": 2}
 OOD = {"val": ("rotated", "inverted"), "test": ("kmnist", "rotated", "inverted")}
 ATTACKS = {"linf": 0.1, "l2": 1.5}  # radius, pixels on [0, 1]

@@ -9,7 +9,7 @@ import cli
 import export
 import runs
 import sample
-from sgld import restart_from_state
+from sgld import GaussianRestart, restart_from_state
 
 
 def test_a_small_checkpoint_has_the_model_the_restarts_and_some_chains(tiny_run, checkpoint, digits, tmp_path, capsys):
@@ -29,6 +29,16 @@ def test_a_small_checkpoint_has_the_model_the_restarts_and_some_chains(tiny_run,
     assert 0.5 < spread.sum() / full.sum() < 1.05
     sample.main(["--checkpoint", str(path), "--num", "4", "--steps", "2"])
     assert (tmp_path / "small" / "samples-fresh.png").exists()
+
+
+def test_the_most_frequent_gaussians_are_kept_and_the_classes_stay_as_frequent(checkpoint):
+    restart = GaussianRestart(torch.arange(6.0)[:, None].expand(6, 64), torch.zeros(6, 64, 2), (1, 8, 8))
+    restart.weights = torch.tensor([[0.1, 0.2, 0.3], [0.15, 0.2, 0.05]])
+    kept = restart_from_state(export.small({**checkpoint, "restart": restart.state_dict()}, 2, 1, 3)["restart"])
+    assert kept.mean[:, 0].tolist() == [2, 1, 4, 3] and kept.factor.shape == (4, 64, 1)
+    torch.testing.assert_close(
+        kept.weights.float(), torch.tensor([[0.36, 0.24], [0.4 * 4 / 7, 0.4 * 3 / 7]]), rtol=0, atol=1e-3
+    )
 
 
 def test_nothing_is_replaced(tiny_run, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_restarts_come_from_the_class_of_the_chain():
     means = torch.linspace(-0.9, 0.9, 10)[:, None].expand(10, 4)
     restart = GaussianRestart(means, torch.zeros(10, 4, 1), (1, 2, 2))
     buffer = ReplayBuffer(100, restart, 1.0, generator=generator())
-    assert buffer.labels.bincount().tolist() == [10] * 10
+    assert ((buffer.labels.bincount() - 10).abs() <= 2).all()
     _, images, labels = buffer.draw(100, generator(1))
     assert torch.equal(images.flatten(1), means[labels])
 
@@ -275,10 +275,11 @@ def test_divergence_is_named_with_its_iteration(tmp_path, capsys):
 
 
 def test_clusters_cut_a_class_by_what_its_images_look_like():
-    images = torch.randn(60, 1, 4, 4) * 0.01 + torch.tensor([-0.5, 0.5]).repeat(30)[:, None, None, None]
-    labels = torch.zeros(60, dtype=torch.int64)
+    images = torch.randn(210, 1, 4, 4) * 0.01 + torch.tensor([-0.5, 0.5]).repeat(105)[:, None, None, None]
+    labels = torch.zeros(210, dtype=torch.int64)
     labels[-4:] = 1
     parts = train_jem.clusters(images, labels, 2, seed=0)
-    first = parts[:56]
+    first = parts[:206]
     assert len(first[::2].unique()) == len(first[1::2].unique()) == 1 and first[0] != first[1]
-    assert set(train_jem.clusters(images, labels, 10, seed=0)[-4:].tolist()) == {0, 1, 2, 3}  # a class of four has four
+    parts = train_jem.clusters(images, labels, 10, seed=0)  # few images have few clusters: no start is a training image
+    assert len(parts[:206].unique()) == 4 and len(parts[-4:].unique()) == 1
