@@ -33,21 +33,23 @@ PRESETS = {
     },
     "mnist": {
         "arch": "small-cnn", "width": 40, "depth": 2, "stem_stride": 2,
-        "epochs": 10, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.99,
-        "input_noise": 0.05, "augment": 1.0, "flip_prob": 0.0, "clean_share": 0.75,
-        "adversarial_eps": 0.07, "attack_share": 1.0, "p_x_weight": 0.2, "energy_reg": 1e-4,
-        "chain_batch_size": 64, "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
-        "buffer_size": 10000, "reinit_prob": 0.02, "restart_parts": 10, "restart_rank": 64,
+        "epochs": 15, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.998,
+        "input_noise": 0.04, "augment": 1.0, "flip_prob": 0.0, "clean_share": 0.5,
+        "adversarial_eps": 0.07, "attack_share": 0.35, "p_x_weight": 0.15, "energy_reg": 1e-4,
+        "chain_batch_size": 32, "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
+        "buffer_size": 10000, "reinit_prob": 0.05, "restart_parts": 50, "restart_rank": 20,
         "long_chains": 400, "long_share": 0.3,
     },
 }  # fmt: skip
 PRESETS |= dict.fromkeys(("fashion-mnist", "kmnist", "emnist-letters", "folder"), PRESETS["mnist"])  # tuned for none of them
 # Colour: a wider and deeper network, mirrored images, no attacks, less noise, for no clamp hides it in mid-tones, and no
-# cross-entropy on images as they are: with MNIST's share of it the network learns CIFAR-10's by heart in five epochs.
+# cross-entropy on images as they are: with three quarters of it on those the network learns CIFAR-10's by heart in five
+# epochs. Its chains and restarts are those of an earlier preset of MNIST, for what followed was tried on MNIST alone.
 PRESETS["cifar10"] = PRESETS["cifar100"] = {
-    **PRESETS["mnist"], "width": 48, "depth": 3, "pretrain_epochs": 3,
-    "flip_prob": 0.5, "adversarial_eps": 0.0, "clean_share": 0.0, "input_noise": 0.03, "p_x_weight": 0.1,
-    "noise_std": 0.02, "pixel_grad_clip": 1.0,
+    **PRESETS["mnist"], "width": 48, "depth": 3, "epochs": 10, "pretrain_epochs": 3, "ema_decay": 0.99,
+    "flip_prob": 0.5, "adversarial_eps": 0.0, "attack_share": 1.0, "clean_share": 0.0, "input_noise": 0.03, "p_x_weight": 0.1,
+    "chain_batch_size": 64, "noise_std": 0.02, "pixel_grad_clip": 1.0,
+    "reinit_prob": 0.02, "restart_parts": 10, "restart_rank": 64,
 }  # fmt: skip
 PRESETS["svhn"] = {**PRESETS["cifar10"], "flip_prob": 0.0}  # numbers mirrored are no numbers
 DATASETS = tuple(PRESETS)

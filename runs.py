@@ -26,7 +26,7 @@ from cli import UserError
 from models import build_model, energy, joint_energy
 
 FORMAT = "sgld-nrg 1"
-FRESH_STEPS = 100  # of a fresh chain unless told otherwise: on the validation splits chains are best near it
+FRESH_STEPS = 30  # of a fresh chain unless told otherwise: on the validation splits chains are best near it
 # What a checkpoint of each kind must hold to be of use.
 NEEDED = {"classifier": ("model_config", "model", "dataset", "finished")}
 NEEDED["jem"] = (*NEEDED["classifier"], "sgld", "restart", "buffer", "conditional")

@@ -64,7 +64,8 @@ def build_parser():
     group.add_argument(
         "--steps",
         type=cli.count,
-        help="Langevin steps, with --interpolate those of a column; default 100, of the buffer's chains 0, with --denoise 10",
+        help="Langevin steps; default 30, of the buffer's chains 0, with --denoise 10, from other images 100, and with "
+        "--interpolate 100 a column",
     )
     group.add_argument(
         "--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]; without it the training's"
@@ -138,6 +139,7 @@ from data import to_unit
 
 DRY_RUN = {"num": 4, "steps": 2}
 DENOISING_STEPS = 10
+EDITING_STEPS = 100  # the way from one image to another is longer than that from a Gaussian
 
 
 @contextmanager
@@ -181,7 +183,9 @@ def check_against_checkpoint(args, checkpoint):
             "the chains of this replay buffer have no class (it was trained without --p-xy-weight): use --source fresh"
         )
     if args.steps is None:
-        args.steps = DENOISING_STEPS if args.denoise else 0 if args.source == "buffer" else runs.FRESH_STEPS
+        args.steps = 0 if args.source == "buffer" else runs.FRESH_STEPS
+        if args.from_images or args.interpolate:
+            args.steps = DENOISING_STEPS if args.denoise else EDITING_STEPS
     if args.dry_run:
         args.num, args.steps = max(DRY_RUN["num"], len(args.class_label or ())), min(DRY_RUN["steps"], args.steps)
 
