@@ -2,8 +2,8 @@
 
     python benchmarks/time_to_quality.py --dataset digits --minutes 0.5
 
-trains each --variant (a name and flags of train_jem.py; without any the preset itself) with each --seed, measures every
-checkpoint that the run leaves behind after the training, off its clock, on the validation split, and writes quality.json,
+trains each --variant (a name and flags of train_jem.py; without any the preset itself) with each --seed, measures its
+checkpoint of every --save-minutes after the training, off its clock, on the validation split, and writes quality.json,
 quality.md and quality.png. With --test the end of each run is measured on the test set instead; that is for reports, not
 for choosing.
 """
@@ -58,7 +58,7 @@ def parse_args(argv=None):
 
 
 def train(args, name, flags, seed, cores):
-    """Run train_jem.py under the budget and keep a copy of every checkpoint that it writes; returns their paths."""
+    """Run train_jem.py under the budget and keep a copy of its checkpoint every --save-minutes; returns their paths."""
     folder = Path(args.out_dir) / "runs" / f"{name.replace(' ', '-')}-seed-{seed}"
     points = folder / "points"
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,15 +69,16 @@ def train(args, name, flags, seed, cores):
         "--out-dir", str(folder), *shlex.split(flags),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
-    checkpoint, kept, seen = folder / "jem.pt", [], None
+    checkpoint, kept, seen, due = folder / "jem.pt", [], None, time.monotonic() + 60 * args.save_minutes
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, cores)
         while True:
             ended = process.poll() is not None
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
-                seen = checkpoint.stat().st_mtime_ns
+            late = ended or time.monotonic() > due  # a training also saves at each epoch's end
+            if late and checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
+                seen, due = checkpoint.stat().st_mtime_ns, time.monotonic() + 60 * args.save_minutes
                 kept.append(points / f"{len(kept):04d}.pt")
                 shutil.copyfile(checkpoint, kept[-1])  # always a whole file: a checkpoint is renamed into its place
             if ended:
