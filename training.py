@@ -49,19 +49,6 @@ def learning_rate(args, step, progress):
     return args.lr * rise * course
 
 
-def averaging(decay):
-    """Return the update of AveragedModel: an exponential moving average that weighs the first weights little.
-
-    After n iterations the decay is the smaller of `decay` and (1 + n) / (10 + n), so that a short training is averaged over
-    its last tenth and not held back by where it started.
-    """
-
-    def update(averaged, current, count):
-        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
-
-    return update
-
-
 @contextmanager
 def climbed(parameters, rho):
     """Move weights along their gradients, by an L2 norm of rho over all of them, and back at the end of the block."""
@@ -108,7 +95,7 @@ class Training:
         compiled = getattr(args, "compile", False)  # the classifier's training runs no chains and has no such flag
         self.energy_of = runs.chain_energy(self.model, device, self.precision, compiled=compiled)
         self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        self.ema = AveragedModel(self.model, multi_avg_fn=averaging(args.ema_decay)) if args.ema_decay else None
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
         self.seed = parallel.nth_seed(args.seed, parallel.rank())
         self.generator = torch.Generator(device).manual_seed(self.seed)
         self.step, self.minutes_before, self.max_minutes = 0, 0.0, max_minutes
