@@ -25,7 +25,8 @@ LONG_STEPS = (10, 30, 100, 300, 1000, 3000, 10_000)
 def feature_network(dataset, folder, device):
     """Return the independent classifier whose features judge the samples; trained into the folder where it is missing.
 
-    A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its head's input (N, D).
+    A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its head's input (N, D). Its
+    settings are its own, so that a preset that changes is judged by the same network as before.
     """
     checkpoint = parallel.from_first(lambda: _feature_classifier(dataset, folder, device))
     return runs.load_model(checkpoint, device)
@@ -38,11 +39,11 @@ def _feature_classifier(dataset, folder, device):
     if checkpoint and checkpoint["finished"]:
         return checkpoint
     place.mkdir(exist_ok=True)
-    epochs = 3 if len(dataset.train.labels) > 10_000 else 15
-    depth = str(dataset.shape[1].bit_length() - 1)
-    flags = ["--dataset", dataset.name, "--width", "16", "--depth", depth, "--stem-stride", "1"]
-    flags += ["--epochs", str(epochs), "--seed", str(FEATURE_SEED)]
-    return train_classifier.train(cli.parse(train_classifier.build_parser(), flags), dataset, place, device, checkpoint)
+    epochs, decay = (3, 0.998) if len(dataset.train.labels) > 10_000 else (15, 0.99)
+    depth = dataset.shape[1].bit_length() - 1
+    flags = f"--dataset {dataset.name} --arch small-cnn --width 16 --depth {depth} --stem-stride 1 --seed {FEATURE_SEED}"
+    flags += f" --epochs {epochs} --batch-size 64 --lr 1e-3 --warmup-steps 200 --ema-decay {decay} --input-noise 0.04"
+    return train_classifier.train(cli.parse(train_classifier.build_parser(), flags.split()), dataset, place, device, checkpoint)
 
 
 def extend(checkpoint, model, x, steps, generator, labels=None, callback=None):

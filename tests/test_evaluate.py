@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 import chain_quality
+import cli
 import data
 import evaluate
 import measurements
 import metrics
 import runs
+import train_classifier
 from cli import UserError
 from models import energy, joint_energy, predict
 
@@ -83,6 +85,17 @@ def test_one_folder_keeps_a_feature_classifier_for_each_data_set(report, digits)
     chain_quality.feature_network(digits, report, torch.device("cpu"))
     assert place.stat().st_mtime_ns == written  # the finished one is used again
     assert runs.load_checkpoint(place, "classifier")["dataset"] == "digits"
+
+
+def test_the_network_that_judges_samples_does_not_follow_the_preset(tmp_path, digits, monkeypatch):
+    found = []
+    monkeypatch.setattr(train_classifier, "train", lambda args, *_: found.append(vars(args)) or {})
+    monkeypatch.setattr(runs, "load_model", lambda *_: None)
+    chain_quality.feature_network(digits, tmp_path, torch.device("cpu"))
+    changed = {"width": 8, "depth": 3, "batch_size": 32, "lr": 0.5, "warmup_steps": 7, "ema_decay": 0.5, "input_noise": 0.5}
+    monkeypatch.setitem(cli.PRESETS, "digits", {**cli.PRESETS["digits"], **changed})
+    chain_quality.feature_network(digits, tmp_path, torch.device("cpu"))
+    assert found[0] == found[1]
 
 
 def test_a_missing_classifier_leaves_the_jem_alone_and_no_attacks_says_so(tiny_run, tmp_path, monkeypatch):
