@@ -26,7 +26,7 @@ def feature_network(dataset, folder, device):
     """Return the independent classifier whose features judge the samples; trained into the folder where it is missing.
 
     A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its head's input (N, D). Its
-    settings are its own, so that a preset that changes is judged by the same network as before.
+    settings are its own but for the augmentation, so that a preset that changes is judged by the same network as before.
     """
     checkpoint = parallel.from_first(lambda: _feature_classifier(dataset, folder, device))
     return runs.load_model(checkpoint, device)

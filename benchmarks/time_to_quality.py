@@ -69,16 +69,16 @@ def train(args, name, flags, seed, cores):
         "--out-dir", str(folder), *shlex.split(flags),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
-    checkpoint, kept, seen, due = folder / "jem.pt", [], None, time.monotonic() + 60 * args.save_minutes
+    checkpoint, kept, seen, last = folder / "jem.pt", [], None, time.monotonic()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, cores)
         while True:
             ended = process.poll() is not None
-            late = ended or time.monotonic() > due  # a training also saves at each epoch's end
-            if late and checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
-                seen, due = checkpoint.stat().st_mtime_ns, time.monotonic() + 60 * args.save_minutes
+            due = ended or time.monotonic() > last + 60 * args.save_minutes  # a training also saves at each epoch's end
+            if due and checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
+                seen, last = checkpoint.stat().st_mtime_ns, time.monotonic()
                 kept.append(points / f"{len(kept):04d}.pt")
                 shutil.copyfile(checkpoint, kept[-1])  # always a whole file: a checkpoint is renamed into its place
             if ended:
