@@ -42,7 +42,8 @@ def _feature_classifier(dataset, folder, device):
     epochs, decay = (3, 0.998) if len(dataset.train.labels) > 10_000 else (15, 0.99)
     depth = dataset.shape[1].bit_length() - 1
     flags = f"--dataset {dataset.name} --arch small-cnn --width 16 --depth {depth} --stem-stride 1 --seed {FEATURE_SEED}"
-    flags += f" --epochs {epochs} --batch-size 64 --lr 1e-3 --warmup-steps 200 --ema-decay {decay} --input-noise 0.04"
+    flags += f" --epochs {epochs} --batch-size 64 --lr 1e-3 --lr-floor 0 --warmup-steps 200 --ema-decay {decay}"
+    flags += " --input-noise 0.04"
     return train_classifier.train(cli.parse(train_classifier.build_parser(), flags.split()), dataset, place, device, checkpoint)
 
 

@@ -25,7 +25,8 @@ START = time.perf_counter()  # the scripts import this module first, so --max-mi
 PRESETS = {
     "digits": {
         "arch": "small-cnn", "width": 48, "depth": 2, "stem_stride": 1,
-        "epochs": 60, "pretrain_epochs": 20, "batch_size": 64, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.99,
+        "epochs": 60, "pretrain_epochs": 20, "batch_size": 64,
+        "lr": 1e-3, "lr_floor": 0.0, "warmup_steps": 100, "ema_decay": 0.99,
         "input_noise": 0.05, "augment": 0.0, "flip_prob": 0.0, "clean_share": 1.0,
         "adversarial_eps": 0.0, "attack_share": 1.0, "p_x_weight": 0.3, "energy_reg": 0.001,
         "chain_batch_size": 64, "steps": 10, "step_size": 0.1, "noise_std": 0.08, "noise_first": False, "pixel_grad_clip": 1.0,
@@ -33,7 +34,8 @@ PRESETS = {
     },
     "mnist": {
         "arch": "small-cnn", "width": 40, "depth": 2, "stem_stride": 2,
-        "epochs": 15, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup_steps": 200, "ema_decay": 0.998,
+        "epochs": 15, "pretrain_epochs": 1, "batch_size": 64,
+        "lr": 2e-3, "lr_floor": 0.05, "warmup_steps": 200, "ema_decay": 0.9995,
         "input_noise": 0.04, "augment": 1.0, "flip_prob": 0.0, "clean_share": 0.5,
         "adversarial_eps": 0.07, "attack_share": 0.35, "p_x_weight": 0.15, "energy_reg": 1e-4,
         "chain_batch_size": 32, "steps": 3, "step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0,
@@ -46,7 +48,8 @@ PRESETS |= dict.fromkeys(("fashion-mnist", "kmnist", "emnist-letters", "folder")
 # cross-entropy on images as they are: with three quarters of it on those the network learns CIFAR-10's by heart in five
 # epochs. Its chains and restarts are those of an earlier preset of MNIST, for what followed was tried on MNIST alone.
 PRESETS["cifar10"] = PRESETS["cifar100"] = {
-    **PRESETS["mnist"], "width": 48, "depth": 3, "epochs": 10, "pretrain_epochs": 3, "ema_decay": 0.99,
+    **PRESETS["mnist"], "width": 48, "depth": 3, "epochs": 10, "pretrain_epochs": 3,
+    "lr": 1e-3, "lr_floor": 0.0, "ema_decay": 0.99,
     "flip_prob": 0.5, "adversarial_eps": 0.0, "attack_share": 1.0, "clean_share": 0.0, "input_noise": 0.03, "p_x_weight": 0.1,
     "chain_batch_size": 64, "noise_std": 0.02, "pixel_grad_clip": 1.0,
     "reinit_prob": 0.02, "restart_parts": 10, "restart_rank": 64,
@@ -56,7 +59,8 @@ DATASETS = tuple(PRESETS)
 # The run of the paper (arXiv 1912.03263, appendix A) as far as flags can say it; nobody has run it here.
 PRESETS["paper"] = {
     "arch": "wide-resnet", "width": 10, "depth": 28, "stem_stride": 1,
-    "epochs": 150, "pretrain_epochs": 1, "batch_size": 64, "lr": 1e-4, "warmup_steps": 1000, "ema_decay": 0.0,
+    "epochs": 150, "pretrain_epochs": 1, "batch_size": 64,
+        "lr": 1e-4, "lr_floor": 1.0, "warmup_steps": 1000, "ema_decay": 0.0,
     "input_noise": 0.03, "augment": 1.0, "flip_prob": 0.5, "clean_share": 0.0, "adversarial_eps": 0.0, "attack_share": 1.0,
     "p_x_weight": 1.0, "energy_reg": 0.0,
     "chain_batch_size": 64, "steps": 20, "step_size": 1.0, "noise_std": 0.01, "noise_first": False, "pixel_grad_clip": 0.0,
@@ -212,16 +216,18 @@ def add_optimisation_flags(parser):
     group.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), default="adam", help="optimiser; sgd has momentum 0.9")
     group.add_argument("--lr", type=positive, help="learning rate of the optimiser at its highest")
     group.add_argument(
-        "--lr-schedule", choices=("cosine", "constant"), default="cosine", help="course of the learning rate after the warm-up"
-    )
+        "--lr-floor", type=fraction,
+        help="share of --lr at which its half cosine ends; 0: it falls to nothing, 1: it stays where the warm-up brings it",
+    )  # fmt: skip
     group.add_argument("--warmup-steps", type=count, help="iterations over which the learning rate rises from 0")
     group.add_argument("--weight-decay", type=non_negative, default=0.0, help="weight decay of the optimiser")
     group.add_argument(
         "--max-grad-norm", type=non_negative, default=0.0, help="clip the norm of the weight gradient to this; 0: not"
     )
     group.add_argument(
-        "--ema-decay", type=decay, help="decay of the averaged weights, which are the ones kept; 0: no averaging"
-    )
+        "--ema-decay", type=decay,
+        help="decay of the averaged weights, which are the ones kept, after a start with shorter averages; 0: no averaging",
+    )  # fmt: skip
     group.add_argument(
         "--input-noise", type=non_negative, help="standard deviation of the noise on training images, pixels on [-1, 1]"
     )

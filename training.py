@@ -41,12 +41,25 @@ def epoch_order(count, seed, epoch):
 def learning_rate(args, step, progress):
     """Return the learning rate of an iteration.
 
-    args.lr, times a linear rise over the first args.warmup_steps iterations, times a half cosine that falls to 0 as
-    progress (0..1) reaches 1, unless args.lr_schedule is "constant".
+    args.lr, times a linear rise over the first args.warmup_steps iterations, times a half cosine that falls from 1 to
+    args.lr_floor as progress (0..1) reaches 1.
     """
     rise = min(1.0, (step + 1) / max(args.warmup_steps, 1))
-    course = 0.5 * (1 + math.cos(math.pi * progress)) if args.lr_schedule == "cosine" else 1.0
-    return args.lr * rise * course
+    course = 0.5 * (1 + math.cos(math.pi * progress))
+    return args.lr * rise * (args.lr_floor + (1 - args.lr_floor) * course)
+
+
+def averaging(decay):
+    """Return AveragedModel's update: an exponential moving average that begins short, so that the first weights weigh little.
+
+    After n iterations the decay is the smaller of `decay` and (1 + n) / (10 + n): a short training's average is over its
+    last tenth.
+    """
+
+    def update(averaged, current, count):
+        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+
+    return update
 
 
 @contextmanager
@@ -95,7 +108,7 @@ class Training:
         compiled = getattr(args, "compile", False)  # the classifier's training runs no chains and has no such flag
         self.energy_of = runs.chain_energy(self.model, device, self.precision, compiled=compiled)
         self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+        self.ema = AveragedModel(self.model, multi_avg_fn=averaging(args.ema_decay)) if args.ema_decay else None
         self.seed = parallel.nth_seed(args.seed, parallel.rank())
         self.generator = torch.Generator(device).manual_seed(self.seed)
         self.step, self.minutes_before, self.max_minutes = 0, 0.0, max_minutes

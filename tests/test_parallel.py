@@ -21,7 +21,7 @@ from train_jem import ReplayBuffer
 FLAGS = [
     "--dataset", "digits", "--from-scratch", "--width", "8", "--buffer-size", "64", "--reinit-prob", "0", "--noise-std", "0",
     "--input-noise", "0", "--steps", "2", "--precision", "float32", "--optimizer", "sgd", "--lr", "0.05", "--ema-decay", "0",
-    "--lr-schedule", "constant", "--warmup-steps", "0", "--log-every", "10",
+    "--lr-floor", "1", "--warmup-steps", "0", "--log-every", "10",
 ]  # fmt: skip
 TORCHRUN = [
     "-m",

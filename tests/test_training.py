@@ -24,11 +24,12 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert torch.equal(first, epoch_order(50, 0, 0)) and not torch.equal(first, epoch_order(50, 1, 0))
 
 
-def test_the_learning_rate_rises_then_falls_to_nothing_on_a_half_cosine():
-    args = Namespace(lr=2.0, warmup_steps=4, lr_schedule="cosine")
+def test_the_learning_rate_rises_then_falls_to_its_floor_on_a_half_cosine():
+    args = Namespace(lr=2.0, warmup_steps=4, lr_floor=0.0)
     assert [learning_rate(args, step, 0) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert learning_rate(args, 9, 0.5) == pytest.approx(1.0) and learning_rate(args, 9, 1) == pytest.approx(0)
-    assert learning_rate(Namespace(lr=2.0, warmup_steps=0, lr_schedule="constant"), 0, 0.9) == 2.0
+    with_floor = Namespace(lr=2.0, warmup_steps=0, lr_floor=0.2)
+    assert [learning_rate(with_floor, 0, progress) for progress in (0, 0.5, 1)] == pytest.approx([2.0, 1.2, 0.4])
 
 
 def test_batches_come_in_epochs_with_noise_of_the_given_size(tmp_path, digits):
@@ -88,11 +89,11 @@ def test_epochs_and_minutes_together_end_with_whichever_comes_first(tmp_path, di
 
 
 def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
-    run = make_run(tmp_path, digits, "--ema-decay", "0.9", "--epochs", "1")
-    bias, expected = run.model.head.bias, None
-    for _ in zip(range(5), run.batches(), strict=False):
+    run = make_run(tmp_path, digits, "--ema-decay", "0.3", "--epochs", "1")
+    bias, expected = run.model.head.bias, 0
+    for decay, _ in zip((0, 2 / 11, 3 / 12, 0.3, 0.3), run.batches(), strict=False):  # it begins with the first weights
         run.update(lambda: (bias.sum(), {}))
-        expected = bias.detach().clone() if expected is None else 0.9 * expected + 0.1 * bias.detach()
+        expected = decay * expected + (1 - decay) * bias.detach()
     torch.testing.assert_close(run.averaged.head.bias.detach(), expected)
     assert make_run(tmp_path, digits, "--ema-decay", "0").averaged.__class__.__name__ == "SmallCNN"
 
