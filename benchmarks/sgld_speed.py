@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import plots
 import runs
-from models import build_model, energy
+from models import HalvingConv, build_model, energy
 from sgld import energy_and_gradient, frozen, run_chains
 
 
@@ -133,6 +133,11 @@ def candidates(model, x):
     plain = copy.deepcopy(model)
     plain.features[0] = torch.nn.Conv2d(1, OF_MNIST["width"], 5, stride=2, padding=2)
     plain.features[0].load_state_dict(model.features[0].state_dict())
+    library = copy.deepcopy(model)
+    for place, layer in enumerate(model.features):
+        if isinstance(layer, HalvingConv):
+            library.features[place] = torch.nn.Conv2d(layer.in_channels, layer.out_channels, 4, stride=2, padding=1)
+            library.features[place].load_state_dict(layer.state_dict())
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     cast = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
 
@@ -155,6 +160,7 @@ def candidates(model, x):
     return {
         "as it is": chains_of(now, model),
         "first layer as one strided 5x5 convolution": chains_of(runs.chain_energy(plain, device, precision), plain),
+        "strided layers by the convolution library": chains_of(runs.chain_energy(library, device, precision), library),
         "float32": chains_of(runs.chain_energy(model, device, "float32"), model),
         "weights not channels_last": chains_of(runs.chain_energy(contiguous, device, precision), contiguous),
         "weights kept cast to bf16": chains_of(cast_energy, model),

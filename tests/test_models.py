@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from models import ARCHITECTURES, HalvingStem, build_model, energy, joint_energy, mixture_energy, path_energy, predict
+from models import (
+    ARCHITECTURES,
+    HalvingConv,
+    HalvingStem,
+    build_model,
+    energy,
+    joint_energy,
+    mixture_energy,
+    path_energy,
+    predict,
+)
 
 SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": {"width": 1, "depth": 10}}
 
@@ -59,6 +69,22 @@ def test_the_halving_stem_is_a_strided_convolution_with_the_same_gradients(chann
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(14, 14), (7, 7), (6, 9), (3, 2)])
+def test_the_halving_convolution_in_bfloat16_is_the_plain_one_with_the_same_gradients(height, width):
+    layer, generator = HalvingConv(5, 8), torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, height, width, generator=generator).bfloat16().float().requires_grad_()
+    layer.weight.data = layer.weight.data.bfloat16().float()  # so that both are asked the same
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16 and expected.dtype == torch.float32
+    downstream = torch.randn(expected.shape, generator=generator).bfloat16()
+    wanted = (x, layer.weight, layer.bias)
+    gradients = torch.autograd.grad(expected, wanted, downstream.float())
+    for exact, rounded in zip((expected, *gradients), (found, *torch.autograd.grad(found, wanted, downstream)), strict=True):
+        torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=2**-7 * float(exact.detach().abs().max()))
 
 
 def test_a_strided_stem_halves_the_map_like_a_stage():
