@@ -15,6 +15,7 @@ from torch.nn.functional import conv2d, pad, pixel_unshuffle
 from sgld import frozen
 
 ARCHITECTURES = ("small-cnn", "wide-resnet")
+MANY = 256  # images in a batch, above which the windows of a HalvingConv cost more memory traffic than the products save
 
 
 def energy(logits):
@@ -80,14 +81,14 @@ class HalvingStem(nn.Conv2d):
 
 
 class HalvingConv(nn.Conv2d):
-    """A 4x4 convolution of stride 2 that halves the map; in bfloat16 on a CPU it is computed by `ProductOfWindows`."""
+    """A 4x4 convolution of stride 2 that halves the map; bfloat16 batches on a CPU, if not too large, go through `ProductOfWindows`."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, 4, stride=2, padding=1)
 
     def forward(self, x):
         """Map x: (N, inputs, H, W) to (N, outputs, H // 2, W // 2)."""
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or len(x) > MANY:
             return super().forward(x)
         precision = torch.get_autocast_dtype("cpu")
         return ProductOfWindows.apply(x.to(precision), self.weight.to(precision), self.bias.to(precision))
