@@ -81,7 +81,7 @@ class HalvingStem(nn.Conv2d):
 
 
 class HalvingConv(nn.Conv2d):
-    """A 4x4 convolution of stride 2 that halves the map; bfloat16 batches on a CPU, if not too large, go through `ProductOfWindows`."""
+    """A 4x4 convolution of stride 2; bfloat16 batches on a CPU, if not too large, go through `ProductOfWindows`."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, 4, stride=2, padding=1)
