@@ -137,7 +137,8 @@ def markdown(args, found):
     """Return the numbers as a list."""
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     lines = [f"Made by `python benchmarks/costs.py {shlex.join(args.given)}`, {machine}.", ""]
-    lines += ["Milliseconds of a training iteration (K 5, batch 64, 28x28 pixels, one of them varied):", ""]
+    steps = cli.PRESETS["mnist"]["steps"]
+    lines += [f"Milliseconds of a training iteration (K {steps}, batch 64, 28x28 pixels, one of them varied):", ""]
     for axis, values in found["iteration"].items():
         lines.append(f"- {axis}: " + ", ".join(f"{value}: {milliseconds:.0f}" for value, milliseconds in values))
     memory = ", ".join(f"{count:,}: {mebibytes:.0f} MiB" for count, mebibytes in found["memory"])
