@@ -244,7 +244,8 @@ def open_checkpoint(path, args):
     """Return the checkpoint that --resume goes on from, or None for a new run.
 
     A resumed run keeps its settings: args takes them over, but for where and how long it runs. Raises UserError where
-    a run would be replaced unasked, where there is nothing to resume, and where a flag contradicts the resumed run.
+    a run would be replaced unasked, where there is nothing to resume, where the resumed run lacks a flag of this version, and
+    where a flag contradicts it.
     """
     checkpoint = None if args.overwrite else load_for_all(path, path.stem, optional=True)
     if not args.resume:
@@ -257,6 +258,11 @@ def open_checkpoint(path, args):
         return None
     if not checkpoint:
         raise UserError(f"nothing to resume: {str(path)!r} does not exist; leave out --resume to start a run")
+    if unknown := sorted(set(plain_arguments(args)) - set(checkpoint["args"])):
+        raise UserError(
+            f"the run in {str(path)!r} was begun by an older version, without --{unknown[0].replace('_', '-')}: "
+            "finish it with that version, or start anew with --overwrite"
+        )
     length = {"epochs", "max_minutes"}
     free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir", "tensorboard"} | (
         length if length & args.given else set()

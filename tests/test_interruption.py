@@ -96,6 +96,19 @@ def test_pretraining_that_is_stopped_within_an_epoch_goes_on_with_the_same_comma
         assert all(torch.equal(value, stopped["model"][name]) for name, value in whole["model"].items())
 
 
+def test_a_run_of_a_version_without_a_flag_is_refused_and_left_as_it_is(tmp_path, capsys):
+    train_jem.main([*FLAGS, "--epochs", "1", "--out-dir", str(tmp_path)])
+    path = tmp_path / "jem.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["args"]["lr_floor"]
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        train_jem.main(["--resume", "--epochs", "2", "--out-dir", str(tmp_path)])
+    assert caught.value.code == 2 and "older version, without --lr-floor" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
     def hang(*_):
         os.kill(os.getpid(), signal.SIGINT)
