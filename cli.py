@@ -60,7 +60,7 @@ DATASETS = tuple(PRESETS)
 PRESETS["paper"] = {
     "arch": "wide-resnet", "width": 10, "depth": 28, "stem_stride": 1,
     "epochs": 150, "pretrain_epochs": 1, "batch_size": 64,
-        "lr": 1e-4, "lr_floor": 1.0, "warmup_steps": 1000, "ema_decay": 0.0,
+    "lr": 1e-4, "lr_floor": 1.0, "warmup_steps": 1000, "ema_decay": 0.0,
     "input_noise": 0.03, "augment": 1.0, "flip_prob": 0.5, "clean_share": 0.0, "adversarial_eps": 0.0, "attack_share": 1.0,
     "p_x_weight": 1.0, "energy_reg": 0.0,
     "chain_batch_size": 64, "steps": 20, "step_size": 1.0, "noise_std": 0.01, "noise_first": False, "pixel_grad_clip": 0.0,

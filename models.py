@@ -103,6 +103,7 @@ class ProductOfWindows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
+        """Map x: (N, C, H, W), weight: (O, C, 4, 4), bias: (O,) to (N, O, H // 2, W // 2), all of one type."""
         rows, (height, width) = windows(x, 4, 2)
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 16 C)
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, matrix)
@@ -112,6 +113,7 @@ class ProductOfWindows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        """Return the gradients of x, weight and bias, None where none is wanted, from that of the output."""
         (rows, matrix), (count, channels, height, width) = ctx.saved_tensors, ctx.shape
         outputs, of_x, of_weight, of_bias = len(matrix), None, None, None
         if ctx.needs_input_grad[0]:

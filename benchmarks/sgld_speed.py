@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import plots
 import runs
-from models import HalvingConv, build_model, energy
+from models import HalvingConv, HalvingStem, build_model, energy
 from sgld import energy_and_gradient, frozen, run_chains
 
 
@@ -122,6 +122,15 @@ def loop(energy_and_slope, model, one_call=False, in_place=False):
     return run
 
 
+def by_the_library(model, kind):
+    """Return a copy of a network whose layers of a kind, itself a convolution, are computed by torch's own convolution."""
+    copied = copy.deepcopy(model)
+    for layer in copied.modules():
+        if isinstance(layer, kind):
+            layer.__class__ = torch.nn.Conv2d  # with the weights as they lie in memory, on the device where they are
+    return copied
+
+
 def candidates(model, x):
     """Return {name: callable (x, steps)} of what could make the step of the MNIST preset's network cheaper, or did.
 
@@ -130,14 +139,7 @@ def candidates(model, x):
     device = x.device
     precision = runs.pick_precision("auto", device)
     now = runs.chain_energy(model, device, precision)
-    plain = copy.deepcopy(model)
-    plain.features[0] = torch.nn.Conv2d(1, OF_MNIST["width"], 5, stride=2, padding=2)
-    plain.features[0].load_state_dict(model.features[0].state_dict())
-    library = copy.deepcopy(model)
-    for place, layer in enumerate(model.features):
-        if isinstance(layer, HalvingConv):
-            library.features[place] = torch.nn.Conv2d(layer.in_channels, layer.out_channels, 4, stride=2, padding=1)
-            library.features[place].load_state_dict(layer.state_dict())
+    plain, library = by_the_library(model, HalvingStem), by_the_library(model, HalvingConv)
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     cast = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
 
