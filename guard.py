@@ -78,7 +78,7 @@ def remedied(args, rollbacks):
     """
     changed = dict(vars(args), lr=args.lr / 2**rollbacks)
     if rollbacks >= 2:
-        changed["steps"] = 2 * args.steps
+        changed |= {"steps": 2 * args.steps, "first_steps": 2 * args.first_steps}
     if rollbacks >= 3:
         changed["energy_reg"] = max(10 * args.energy_reg, 0.001)
     return Namespace(**changed)

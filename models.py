@@ -63,21 +63,23 @@ def path_energy(logits, weights):
     return -(logits * weights).sum(1)
 
 
-class HalvingStem(nn.Conv2d):
-    """A 5x5 convolution of stride 2 that is computed as a 3x3 one of stride 1 over the image's 2x2 blocks.
+class BlockStem(nn.Conv2d):
+    """A convolution of stride s with windows of 3s - 1 pixels that is computed as a 3x3 one of stride 1 over s x s blocks.
 
-    Weights and function are those of Conv2d(channels, width, 5, stride=2, padding=2), to rounding. The gradient with
-    respect to an image of few channels, which every Langevin step needs, costs a quarter of what it does there.
+    Weights and function are those of Conv2d(channels, width, 3 * s - 1, stride=s, padding=s), to rounding, on an image that
+    zeros below and to the right fill up to a multiple of s. The gradient with respect to an image of few channels, which
+    every Langevin step needs, costs a fraction of what it does there.
     """
 
-    def __init__(self, channels, width):
-        super().__init__(channels, width, 5, stride=2, padding=2)
+    def __init__(self, channels, width, stride):
+        super().__init__(channels, width, 3 * stride - 1, stride=stride, padding=stride)
 
     def forward(self, x):
-        """Map x: (N, C, H, W) to (N, width, ceil(H/2), ceil(W/2))."""
-        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
-        blocks = pixel_unshuffle(pad(x, odd) if any(odd) else x, 2)
-        return conv2d(blocks, pixel_unshuffle(pad(self.weight, (0, 1, 0, 1)), 2), self.bias, padding=1)
+        """Map x: (N, C, H, W) to (N, width, ceil(H / stride), ceil(W / stride))."""
+        side = self.stride[0]
+        beyond = (0, -x.shape[3] % side, 0, -x.shape[2] % side)
+        blocks = pixel_unshuffle(pad(x, beyond) if any(beyond) else x, side)
+        return conv2d(blocks, pixel_unshuffle(pad(self.weight, (0, 1, 0, 1)), side), self.bias, padding=1)
 
 
 class HalvingConv(nn.Conv2d):
@@ -146,15 +148,15 @@ def windows(x, size, stride):
 class SmallCNN(nn.Module):
     """A plain convolutional network: a first layer, then `depth` strided 4x4 ones that double width and halve the map.
 
-    The first layer is 3x3, or with stem_stride 2 a 5x5 one that halves the map at once: a Langevin step then costs
-    half as much. SiLU throughout, because SGLD follows the gradient with respect to the input and
-    ReLU makes it piecewise constant. The head is linear on the flattened last map. At width 32, depth 2, stem_stride 2
-    and 28x28 images it has 0.2 million parameters.
+    The first layer is 3x3, or with stem_stride 2 or 4 one of larger windows that halves or quarters the map at once (see
+    `BlockStem`), so that a Langevin step costs a half or a third as much. SiLU throughout, because SGLD follows the gradient
+    with respect to the input and ReLU makes it piecewise constant. The head is linear on the flattened last map.
     """
 
     def __init__(self, num_classes, channels, image_size, width=32, depth=2, stem_stride=2):
         super().__init__()
-        layers = [HalvingStem(channels, width) if stem_stride == 2 else nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
+        stem = BlockStem(channels, width, stem_stride) if stem_stride > 1 else nn.Conv2d(channels, width, 3, padding=1)
+        layers = [stem, nn.SiLU()]
         size = -(-image_size // stem_stride)
         for stage in range(depth):
             layers += [HalvingConv(width << stage, width << (stage + 1)), nn.SiLU()]
@@ -212,13 +214,13 @@ def build_model(arch, num_classes, channels, image_size, width, depth, stem_stri
     """Build the network that a model_config describes.
 
     arch: one of ARCHITECTURES; num_classes, channels, image_size (pixels a side), width and depth: positive ints;
-    stem_stride: of the small-cnn's first layer, 1 or 2; 1 for a wide-resnet.
+    stem_stride: of the small-cnn's first layer, 1, 2 or 4; 1 for a wide-resnet.
     The weights come from torch's global random generator. Raises ValueError for a configuration that no network has.
     """
     if min(num_classes, channels, image_size, width, depth) < 1:
         raise ValueError("num_classes, channels, image_size, width and depth must be 1 or more")
-    if stem_stride not in ((1, 2) if arch == "small-cnn" else (1,)):
-        raise ValueError(f"stem_stride {stem_stride}: the first layer has stride 1, a small-cnn's 1 or 2; set --stem-stride")
+    if stem_stride not in ((1, 2, 4) if arch == "small-cnn" else (1,)):
+        raise ValueError(f"stem_stride {stem_stride}: the first layer has stride 1, a small-cnn's 1, 2 or 4; set --stem-stride")
     if arch == "small-cnn":
         if -(-image_size // stem_stride) >> depth < 1:
             raise ValueError(f"a small-cnn of depth {depth} halves {image_size}x{image_size} images to nothing; lower depth")

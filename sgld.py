@@ -136,7 +136,7 @@ def run_chains(
     x = x.detach()
     trajectory = [x]
     step_settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp, "generator": generator}
-    finite = []  # stays on the device and is read once, after the last step: no synchronisation inside the chain
+    energies = []  # stay on the device and are looked at once, after the last step: no synchronisation inside the chain
     with frozen(module):
         for step in range(steps):
             if noise_first:
@@ -144,14 +144,14 @@ def run_chains(
             values, gradient = energy_and_gradient(energy, x, labels, chunk_size)
             if callback is not None:
                 callback(step, x, values)
-            finite.append(torch.isfinite(values).all())
+            if check:
+                energies.append(values)
             x = langevin_step(x, gradient, step_size, 0 if noise_first else noise_std, **step_settings)
             if return_trajectory:
                 trajectory.append(x)
-    finite.append(torch.isfinite(x).all())
-    finite = torch.stack(finite)
-    if check and not finite.all():
-        step = int((~finite).nonzero()[0])
+    if check and not torch.isfinite(torch.cat([*energies, x.flatten()])).all():
+        finite = [bool(torch.isfinite(part).all()) for part in (*energies, x)]
+        step = finite.index(False)
         what = "the chains are" if step == steps else "the energy is"
         raise FloatingPointError(f"{what} not finite at Langevin step {step} of {steps}")
     return torch.stack(trajectory) if return_trajectory else x

@@ -45,6 +45,11 @@ def build_parser():
     group = parser.add_argument_group("SGLD")
     group.add_argument("--chain-batch-size", type=cli.positive_int, help="chains that are drawn and run in an iteration")
     group.add_argument("--steps", type=cli.positive_int, help="Langevin steps of each chain in an iteration")
+    group.add_argument(
+        "--first-steps", type=cli.count,
+        help="Langevin steps of each chain in the first iteration, from which they go evenly to --steps; 0, and where --steps "
+        "is given without it: --steps throughout",
+    )  # fmt: skip
     group.add_argument("--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]")
     group.add_argument(
         "--noise-std", type=cli.non_negative, help="standard deviation of the noise of a step, pixels on [-1, 1]"
@@ -55,7 +60,7 @@ def build_parser():
     )  # fmt: skip
     group.add_argument("--pixel-grad-clip", type=cli.non_negative, help="clip each pixel's energy gradient to this; 0: not")
     group.add_argument(
-        "--clamp", type=cli.non_negative, default=1.0, help="clamp the chains' pixels to [-CLAMP, CLAMP]; 0: not"
+        "--clamp", type=cli.non_negative, help="clamp the chains' pixels, and the data's, to [-CLAMP, CLAMP]; 0: not"
     )
     cli.add_compile_flag(group)
     group = parser.add_argument_group("replay buffer")
@@ -106,6 +111,8 @@ def parse_args(argv=None):
         parser.error("without --p-x-weight or --p-xy-weight there is no density to train: use train_classifier.py")
     if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
         parser.error("--pretrain-epochs has no use with --classifier or --from-scratch, which train no classifier")
+    if "steps" in args.given and "first_steps" not in args.given:
+        args.first_steps = 0
     if args.no_guard:
         args.max_rollbacks = 0
     try:
@@ -302,6 +309,12 @@ def sgld_settings(args):
     }
 
 
+def steps_now(args, progress):
+    """Return the Langevin steps of an iteration: from --first-steps evenly to --steps as progress (0..1) reaches 1."""
+    first = args.first_steps or args.steps
+    return round(first + progress * (args.steps - first))
+
+
 def attacked(run, images, labels):
     """Return images (N, C, H, W), the first --attack-share of them after one step up the cross-entropy, L-inf."""
     count = round(run.args.attack_share * len(images)) if run.args.adversarial_eps else 0
@@ -319,15 +332,16 @@ def iterate(run, buffer, images, labels):
     run: training.Training. buffer: ReplayBuffer. images: (N, C, H, W) float, pixels in [-1, 1]; labels: (N,) int64.
     """
     args, generator, conditional = run.settings, run.generator, run.args.p_xy_weight > 0
+    steps = steps_now(args, run.done)
 
     slots, starts, chain_labels = buffer.draw(args.chain_batch_size // parallel.ranks(), generator)
     chains = run_chains(
-        run.energy_of, starts, args.steps, **sgld_settings(args),
+        run.energy_of, starts, steps, **sgld_settings(args),
         labels=chain_labels if conditional else None, module=run.model, generator=generator,
         # on a GPU the row of metrics.csv finds it, without a wait in each iteration; on several ranks then all find it
         check=run.device.type == "cpu" and parallel.ranks() == 1,
     )  # fmt: skip
-    buffer.put(slots, chains, args.steps)
+    buffer.put(slots, chains, steps)
 
     positives = run.noisy(images)
     if args.clamp:

@@ -25,17 +25,18 @@ import cli
 PRESET = cli.PRESETS["mnist"]
 OF_MNIST = {name: PRESET[name] for name in ("arch", "width", "depth", "stem_stride")} | {"channels": 1, "image_size": 28}
 WIDE_RESNET = {"arch": "wide-resnet", "stem_stride": 1, "channels": 3, "image_size": 32}
-# The second is the first without its strided first layer, about as large.
+# The second is the first with small windows from the start: halving layers bring it to the maps that the first begins with.
 NETWORKS = {
     "small-cnn": OF_MNIST,
     "small-cnn, first layer 3x3": {
-        **OF_MNIST, "width": OF_MNIST["width"] // 2, "depth": OF_MNIST["depth"] + 1, "stem_stride": 1,
+        **OF_MNIST, "stem_stride": 1, "width": OF_MNIST["width"] // OF_MNIST["stem_stride"],
+        "depth": OF_MNIST["depth"] + OF_MNIST["stem_stride"].bit_length() - 1,
     },
     "wide-resnet 10-2": WIDE_RESNET | {"width": 2, "depth": 10},
     "wide-resnet 28-10": WIDE_RESNET | {"width": 10, "depth": 28},
 }  # fmt: skip
 MATRIX = 2048  # side of the matrices whose product is the limit
-SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")} | {"clamp": (-1, 1)}
+SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")}  # no clamp
 
 
 def parse_args(argv=None):
@@ -62,7 +63,7 @@ from tqdm import tqdm
 
 import plots
 import runs
-from models import HalvingConv, HalvingStem, build_model, energy
+from models import BlockStem, HalvingConv, build_model, energy
 from sgld import energy_and_gradient, frozen, run_chains
 
 
@@ -94,9 +95,11 @@ def methods(model, device, args):
     energies["ours, float32"] = runs.chain_energy(model, device, "float32")
     if args.compile:
         energies["ours, compiled"] = runs.Compiled(energies["ours"], device)
+    plain = by_the_library(model, (BlockStem, HalvingConv)).to(memory_format=torch.contiguous_format)
     return {
         **{name: chains_of(energy_of, model) for name, energy_of in energies.items()},
-        "the paper's": lambda x, steps: paper_chains(model, x, steps),
+        "the paper's": lambda x, steps: paper_chains(plain, x, steps),
+        "the paper's, on our layers": lambda x, steps: paper_chains(model, x, steps),
         **other_library(model),
     }
 
@@ -116,14 +119,13 @@ def loop(energy_and_slope, model, one_call=False, in_place=False):
                 clip = SGLD["pixel_grad_clip"]
                 slope = slope.clamp_(-clip, clip) if in_place else slope.clamp(-clip, clip)
                 x = x.sub_(slope, alpha=SGLD["step_size"]) if in_place else x - SGLD["step_size"] * slope
-                x = x.clamp_(*SGLD["clamp"]) if in_place else x.clamp(*SGLD["clamp"])
         return x
 
     return run
 
 
 def by_the_library(model, kind):
-    """Return a copy of a network whose layers of a kind, itself a convolution, are computed by torch's own convolution."""
+    """Return a copy of a network whose layers of a kind, itself a convolution, or of several, are torch's own convolution."""
     copied = copy.deepcopy(model)
     for layer in copied.modules():
         if isinstance(layer, kind):
@@ -139,7 +141,7 @@ def candidates(model, x):
     device = x.device
     precision = runs.pick_precision("auto", device)
     now = runs.chain_energy(model, device, precision)
-    plain, library = by_the_library(model, HalvingStem), by_the_library(model, HalvingConv)
+    plain, library = by_the_library(model, BlockStem), by_the_library(model, HalvingConv)
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     cast = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
 
@@ -161,7 +163,7 @@ def candidates(model, x):
         graph = make_fx(slope)(x)
     return {
         "as it is": chains_of(now, model),
-        "first layer as one strided 5x5 convolution": chains_of(runs.chain_energy(plain, device, precision), plain),
+        "first layer as one strided convolution": chains_of(runs.chain_energy(plain, device, precision), plain),
         "strided layers by the convolution library": chains_of(runs.chain_energy(library, device, precision), library),
         "float32": chains_of(runs.chain_energy(model, device, "float32"), model),
         "weights not channels_last": chains_of(runs.chain_energy(contiguous, device, precision), contiguous),
@@ -203,7 +205,7 @@ def other_library(model):
     except ImportError:
         return {}
 
-    sampler = LangevinDynamics(SGLD["step_size"], 1, SGLD["noise_std"], SGLD["pixel_grad_clip"], SGLD["clamp"])
+    sampler = LangevinDynamics(SGLD["step_size"], 1, SGLD["noise_std"], SGLD["pixel_grad_clip"])
     energy_model = ClassifierEnergy(model)
     return {"ebmkit": lambda x, steps: sampler.sample(energy_model, x, steps=steps)}
 

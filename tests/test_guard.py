@@ -67,9 +67,10 @@ def test_the_memory_survives_its_state_dict():
 
 
 def test_the_remedies_escalate_and_leave_the_flags_alone():
-    args = train_jem.parse_args(TINY)
-    table = [(now.lr / args.lr, now.steps / args.steps, now.energy_reg) for now in (remedied(args, n) for n in range(1, 5))]
-    assert table == [(1 / 2, 1, 0.001), (1 / 4, 2, 0.001), (1 / 8, 2, 0.01), (1 / 16, 2, 0.01)]
+    args = train_jem.parse_args([*TINY, "--first-steps", "4", "--steps", "10"])
+    changed = [remedied(args, n) for n in range(1, 5)]
+    table = [(now.lr / args.lr, now.first_steps, now.steps, now.energy_reg) for now in changed]
+    assert table == [(1 / 2, 4, 10, 0.001), (1 / 4, 8, 20, 0.001), (1 / 8, 8, 20, 0.01), (1 / 16, 8, 20, 0.01)]
     assert args.lr == 1e-3 and args.steps == 10
 
 

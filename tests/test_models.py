@@ -8,8 +8,8 @@ from torch import nn
 
 from models import (
     ARCHITECTURES,
+    BlockStem,
     HalvingConv,
-    HalvingStem,
     build_model,
     energy,
     joint_energy,
@@ -58,14 +58,17 @@ def test_every_architecture_maps_images_to_logits(arch, channels, image_size):
     assert logits.shape == (2, 5) and torch.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("stride", [2, 4])
 @pytest.mark.parametrize("channels, height, width", [(1, 28, 28), (3, 32, 32), (1, 29, 27)])
-def test_the_halving_stem_is_a_strided_convolution_with_the_same_gradients(channels, height, width):
-    stem = HalvingStem(channels, 8)
-    plain = torch.nn.Conv2d(channels, 8, 5, stride=2, padding=2)
+def test_the_stem_on_blocks_is_a_strided_convolution_with_the_same_gradients(channels, height, width, stride):
+    stem = BlockStem(channels, 8, stride)
+    plain = torch.nn.Conv2d(channels, 8, 3 * stride - 1, stride=stride, padding=stride)
     plain.load_state_dict(stem.state_dict())
     x = torch.randn(4, channels, height, width, requires_grad=True)
+    filled = nn.functional.pad(x, (0, -width % stride, 0, -height % stride))
+    cases = [(stem, x), (plain, filled)]
     found, wanted = (
-        (layer(x), *torch.autograd.grad(layer(x).square().sum(), [x, layer.weight, layer.bias])) for layer in (stem, plain)
+        (layer(seen), *torch.autograd.grad(layer(seen).square().sum(), [x, layer.weight, layer.bias])) for layer, seen in cases
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -87,8 +90,9 @@ def test_the_halving_convolution_in_bfloat16_is_the_plain_one_with_the_same_grad
         torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=2**-7 * float(exact.detach().abs().max()))
 
 
-def test_a_strided_stem_halves_the_map_like_a_stage():
-    small = make("small-cnn", image_size=28, depth=2, stem_stride=2)
+@pytest.mark.parametrize("stem_stride, depth, width", [(2, 2, 4), (4, 1, 8)])
+def test_a_strided_stem_shrinks_the_map_like_stages(stem_stride, depth, width):
+    small = make("small-cnn", image_size=28, depth=depth, width=width, stem_stride=stem_stride)
     assert small.head.in_features == make("small-cnn", image_size=28, depth=3, width=2).head.in_features == 4 * 4 * 9
     assert small(torch.zeros(2, 1, 28, 28)).shape == (2, 5)
 

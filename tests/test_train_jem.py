@@ -147,6 +147,24 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
     torch.testing.assert_close(logged["chain_displacement"], (buffer.images - before).flatten(1).norm(dim=1).mean())
 
 
+def test_the_steps_go_evenly_from_the_first_to_the_last_and_given_alone_stay():
+    args = train_jem.parse_args(["--first-steps", "3", "--steps", "6"])
+    assert [train_jem.steps_now(args, progress) for progress in (0, 0.1, 0.3, 0.6, 0.9, 1)] == [3, 3, 4, 5, 6, 6]
+    alone = train_jem.parse_args(["--dataset", "mnist", "--steps", "7"])
+    assert {train_jem.steps_now(alone, progress) for progress in (0, 0.5, 1)} == {7}
+
+
+def test_a_chain_is_run_for_the_steps_of_the_moment(tmp_path, digits):
+    args = train_jem.parse_args([*TINY, "--first-steps", "1", "--steps", "3", "--batch-size", "8"])
+    run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
+    buffer = ReplayBuffer(64, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
+    ages = [0]
+    for run.done in (0.0, 0.5, 1.0):
+        train_jem.iterate(run, buffer, digits.train.images[:8], digits.train.labels[:8])
+        ages.append(int(buffer.ages.sum()))
+    assert ages == [0, 64, 64 + 128, 64 + 128 + 192]
+
+
 def test_adversarial_training_attacks_within_its_radius_and_raises_the_loss(tmp_path, digits):
     run = Training(train_jem.parse_args([*TINY, "--adversarial-eps", "0.1"]), digits, tmp_path, "jem", torch.device("cpu"))
     images, labels = digits.train.images[:100], digits.train.labels[:100]
@@ -241,7 +259,7 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
 
 
 def test_a_stopped_run_resumes_to_the_same_weights_buffer_and_metrics(tmp_path, interrupt):
-    flags = [*TINY, "--from-scratch", "--log-every", "7"]
+    flags = [*TINY, "--from-scratch", "--log-every", "7", "--first-steps", "2", "--steps", "10"]
     train_jem.main([*flags, "--out-dir", str(tmp_path / "whole")])
     interrupt()
     with pytest.raises(SystemExit) as caught:
