@@ -8,6 +8,7 @@ whatever step and noise are.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from argparse import Namespace
 
@@ -16,6 +17,7 @@ import parallel
 ROWS = 3  # out of range in so many rows one after the other: divergence
 GAP = 8.0  # nat; healthy gaps are within 2, those of runs that were lost went to 18 and beyond
 LEVEL = 50.0  # nat that |E(data)| may lie above three times its largest value so far
+APART = 0.9  # share of `largest_gap`: data and chains are told apart
 SATURATED = 0.98  # share of the chains' pixels at -1 or 1; of MNIST's own pixels it is 0.83
 SETTLED_ROWS = 10  # with a gap within a quarter of GAP, one after the other: the chains have found the data
 SNAPSHOT_ROWS = 10  # healthy rows from one state that is kept for a rollback to the next
@@ -28,23 +30,26 @@ class Diverged(ArithmeticError):
 class Guard:
     """Judges rows of metrics.csv one after the other.
 
-    near: rows with a small energy gap, one after the other; until they have once been SETTLED_ROWS, gap and level may be
-    anything, for chains need some hundred iterations to find the data. accuracy: the best so far, 0..1. level: the largest
-    |E(data)| so far, nat. out: rows out of range, counted since the last healthy one. healthy: healthy rows so far.
+    near: rows with a small energy gap, one after the other; until they have once been SETTLED_ROWS, the level may be
+    anything and the gap all but `largest_gap`, for chains need some hundred iterations to find the data. accuracy: the best
+    so far, 0..1. level: the largest |E(data)| so far, nat. out: rows out of range, counted since the last healthy one.
+    healthy: healthy rows so far.
     """
 
     def __init__(self):
         self.near, self.accuracy, self.level, self.out, self.healthy = 0, 0.0, 0.0, 0, 0
 
-    def judge(self, row):
+    def judge(self, row, largest=math.inf):
         """Take a row, {column: number}; returns whether the state behind it is worth keeping for a rollback.
 
-        Raises Diverged, with the reasons, for the last of ROWS rows that are out of range.
+        largest: the run's `largest_gap`. Raises Diverged, with the reasons, for the last of ROWS rows that are out of range.
         """
         gap, level, accuracy = abs(row["energy_gap"]), abs(row["energy_positive"]), row["accuracy"]
         reasons, settled = [], self.near >= SETTLED_ROWS
         if settled and gap > GAP:
             reasons.append(f"energy gap {row['energy_gap']:.3g}")
+        if gap > max(GAP, APART * largest):
+            reasons.append(f"energy gap {row['energy_gap']:.3g}, as large as the regulariser allows")
         if settled and level > LEVEL + 3 * self.level:
             reasons.append(f"energy level {row['energy_positive']:.3g}")
         if row["chain_saturated"] >= SATURATED:
@@ -68,6 +73,15 @@ class Guard:
     def load_state_dict(self, state):
         """Take up the memory of a stopped run."""
         vars(self).update(state)
+
+
+def largest_gap(args):
+    """Return the energy gap [nat] at which the regulariser stops the energy loss, inf without one.
+
+    The loss w (E(data) - E(chains)) + r (E(data)^2 + E(chains)^2) is least where E(chains) - E(data) = w / r: a network
+    comes there that tells data from chains without fail, whose chains therefore teach it nothing.
+    """
+    return (args.p_x_weight + args.p_xy_weight) / args.energy_reg if args.energy_reg else math.inf
 
 
 def remedied(args, rollbacks):

@@ -152,7 +152,7 @@ import runs
 import train_classifier
 from attacks import single_step
 from cli import UserError
-from guard import Guard, roll_back, snapshot
+from guard import Guard, largest_gap, roll_back, snapshot
 from models import energy, joint_energy, predict
 from sgld import GaussianRestart, UniformRestart, run_chains
 from training import Training
@@ -414,7 +414,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
                 row = run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
             elif run.step % args.log_every == 0:
                 row = run.write_row()
-            if row and not args.no_guard and guard.judge(row):
+            if row and not args.no_guard and guard.judge(row, largest_gap(run.settings)):
                 healthy.append(snapshot(run, buffer, guard))
         except ArithmeticError as error:
             roll_back(run, buffer, guard, healthy, error)

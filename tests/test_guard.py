@@ -11,7 +11,7 @@ from conftest import TINY
 
 import runs
 import train_jem
-from guard import GAP, ROWS, SETTLED_ROWS, SNAPSHOT_ROWS, Diverged, Guard, remedied, roll_back, snapshot
+from guard import GAP, ROWS, SETTLED_ROWS, SNAPSHOT_ROWS, Diverged, Guard, largest_gap, remedied, roll_back, snapshot
 
 HEALTHY = {"energy_gap": 0.3, "energy_positive": -1.0, "accuracy": 0.95, "chain_saturated": 0.6}
 
@@ -80,6 +80,24 @@ def nan_weights(run, buffer, images):
 
 def poisoned_chains(run, buffer, images):
     buffer.images[::3] = math.nan
+
+
+def test_a_gap_at_the_regularisers_limit_is_an_alarm_though_it_never_was_small():
+    args = train_jem.parse_args(["--p-x-weight", "0.15", "--energy-reg", "1e-4"])
+    limit, guard = largest_gap(args), Guard()
+    energies = torch.zeros(2, requires_grad=True)
+    with torch.enable_grad():  # there the loss is stationary
+        at = energies + torch.tensor([-limit / 2, limit / 2])
+        loss = 0.15 * train_jem.energy_loss(at[:1], at[1:]) + 1e-4 * train_jem.energy_regulariser(at[:1], at[1:])
+    torch.testing.assert_close(torch.autograd.grad(loss, energies)[0], torch.zeros(2), atol=1e-6, rtol=0)
+    assert largest_gap(train_jem.parse_args(["--energy-reg", "0"])) == math.inf
+    for _ in range(2 * ROWS):
+        guard.judge({**HEALTHY, "energy_gap": 0.65 * limit}, limit)  # chains from uniform noise may stay as far
+        guard.judge({**HEALTHY, "energy_gap": 0.97 * GAP}, GAP / 2)  # a strong regulariser is no fault
+    for _ in range(ROWS - 1):
+        guard.judge({**HEALTHY, "energy_gap": 0.97 * limit}, limit)
+    with pytest.raises(Diverged, match="as large as the regulariser allows"):
+        guard.judge({**HEALTHY, "energy_gap": 0.97 * limit}, limit)
 
 
 def hostile_batch(run, buffer, images):

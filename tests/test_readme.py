@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()
+README = "".join((ROOT / name).read_text() for name in ("README.md", "results/README.md", "results/trials.md"))
 COMMANDS = sorted(
     {
         re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", part.strip())
