@@ -71,6 +71,14 @@ def fresh_chains(checkpoint, model, count, steps, generator, callback=None):
     return extend(checkpoint, model, starts(checkpoint, count, generator)[0], steps, generator, callback=callback)
 
 
+def features_of(network, images):
+    """Return the features (N, D) by which images (N, C, H, W) are judged, of pixels within [-1, 1] as a picture holds them.
+
+    What a chain left outside, where nothing clamps it, is clamped before it is judged.
+    """
+    return predict(network.features, images.clamp(-1, 1))
+
+
 def compare(network, features, reference, floor, num_classes):
     """Compare the features (N, D) of images with a reference's: Frechet distance, its ratio to the floor, class histogram.
 
@@ -98,15 +106,15 @@ def samples(checkpoint, model, network, dataset, args, sizes, folder, device):
     train = dataset.train.images[torch.randperm(len(dataset.train.images), generator=torch.Generator().manual_seed(args.seed))]
     kinds = {
         "training images": train[:count].to(device),
-        "buffer": buffer[chosen],
-        "fresh": fresh_chains(checkpoint, model, count, steps, generator),
+        "buffer": buffer[chosen].clamp(-1, 1),
+        "fresh": fresh_chains(checkpoint, model, count, steps, generator).clamp(-1, 1),
     }
     test = dataset.test.images[:count]
-    reference = predict(network.features, test)
+    reference = features_of(network, test)
     floor, found = None, {}
     few = min(count, 1000)
     for kind, images in kinds.items():
-        features = predict(network.features, images)
+        features = features_of(network, images)
         row = compare(network, features, reference, floor, dataset.num_classes)
         floor = floor or row["frechet_distance"]
         found[kind] = {**row, **metrics.precision_recall(reference, features)}
@@ -134,13 +142,13 @@ def long_chains(checkpoint, model, network, dataset, args, sizes, folder, device
     """
     generator = torch.Generator(device).manual_seed(args.seed + 3)
     count = min(sizes["long_chains"], len(dataset.test.labels), len(dataset.train.labels))
-    reference = predict(network.features, dataset.test.images)
+    reference = features_of(network, dataset.test.images)
     train = dataset.train.images[torch.randperm(len(dataset.train.images), generator=torch.Generator().manual_seed(args.seed))]
-    floor = metrics.frechet_distance(predict(network.features, train[:count]), reference)
+    floor = metrics.frechet_distance(features_of(network, train[:count]), reference)
     x, done, found, pictures = starts(checkpoint, count, generator)[0], 0, {}, []
     for steps in [0, *(steps for steps in LONG_STEPS if steps <= sizes["longest"])]:
         x, done = extend(checkpoint, model, x, steps - done, generator), steps
-        row = compare(network, predict(network.features, x), reference, floor, dataset.num_classes)
+        row = compare(network, features_of(network, x), reference, floor, dataset.num_classes)
         found[str(steps)] = {score: row[score] for score in ("frechet_distance", "ratio_to_floor", "entropy")}
         pictures.append(x[:16].cpu())
     plots.save_grid(torch.cat(pictures), folder / "long-chains.png", columns=len(pictures[0]))
@@ -157,7 +165,7 @@ def class_conditional(checkpoint, model, network, dataset, args, sizes, folder, 
     steps = runs.FRESH_STEPS
     before = predict(network, x).argmax(1) == labels
     x = extend(checkpoint, model, x, steps, generator, labels)
-    right = (predict(network, x).argmax(1) == labels).double().cpu().numpy()
+    right = (predict(network, x.clamp(-1, 1)).argmax(1) == labels).double().cpu().numpy()
     rows = [x[labels == label][:10] for label in range(dataset.num_classes)]
     columns = min(map(len, rows))
     plots.save_grid(torch.cat([row[:columns] for row in rows]), folder / "class-conditional.png", columns=columns)

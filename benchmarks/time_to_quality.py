@@ -111,7 +111,7 @@ def judge(path, dataset, part, network, sizes, sets):
     }  # fmt: skip
     generator, most = torch.Generator().manual_seed(0), min(len(split.labels), len(checkpoint["buffer"]["labels"]))
     train = dataset.train.images[torch.randperm(len(dataset.train.labels), generator=generator)]
-    reference = predict(network.features, split.images)
+    reference = chain_quality.features_of(network, split.images)
     chosen = torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)
     for kind, steps in (("buffer", 0), ("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
         count = min(sizes[kind], most, len(train))
@@ -121,8 +121,9 @@ def judge(path, dataset, part, network, sizes, sets):
             images = checkpoint["buffer"]["images"][chosen[:count]]
         else:
             images = chain_quality.fresh_chains(checkpoint, model, count, steps, generator)
-        floor = metrics.frechet_distance(predict(network.features, train[:count]), reference)
-        found = chain_quality.compare(network, predict(network.features, images), reference, floor, dataset.num_classes)
+        floor = metrics.frechet_distance(chain_quality.features_of(network, train[:count]), reference)
+        features = chain_quality.features_of(network, images)
+        found = chain_quality.compare(network, features, reference, floor, dataset.num_classes)
         row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]
     inside = energy(logits)
     row["energy gap"] = float(energy(predict(model, checkpoint["buffer"]["images"][: POINT["buffer"]])).mean() - inside.mean())
