@@ -36,7 +36,7 @@ NETWORKS = {
     "wide-resnet 28-10": WIDE_RESNET | {"width": 10, "depth": 28},
 }  # fmt: skip
 MATRIX = 2048  # side of the matrices whose product is the limit
-SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")}  # no clamp
+SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")}  # the paper clamps nothing
 
 
 def parse_args(argv=None):
