@@ -106,8 +106,8 @@ def samples(checkpoint, model, network, dataset, args, sizes, folder, device):
     train = dataset.train.images[torch.randperm(len(dataset.train.images), generator=torch.Generator().manual_seed(args.seed))]
     kinds = {
         "training images": train[:count].to(device),
-        "buffer": buffer[chosen].clamp(-1, 1),
-        "fresh": fresh_chains(checkpoint, model, count, steps, generator).clamp(-1, 1),
+        "buffer": buffer[chosen],
+        "fresh": fresh_chains(checkpoint, model, count, steps, generator),
     }
     test = dataset.test.images[:count]
     reference = features_of(network, test)
@@ -120,7 +120,10 @@ def samples(checkpoint, model, network, dataset, args, sizes, folder, device):
         found[kind] = {**row, **metrics.precision_recall(reference, features)}
     everything = dataset.train.images.to(device)
     judged = {"buffer": kinds["buffer"], "fresh": kinds["fresh"], "test images": test.to(device)}
-    nearest = {kind: [torch.tensor(column) for column in metrics.nearest(x[:few], everything)] for kind, x in judged.items()}
+    nearest = {
+        kind: [torch.tensor(column) for column in metrics.nearest(x[:few].clamp(-1, 1), everything)]
+        for kind, x in judged.items()
+    }
     for kind, (distances, _) in nearest.items():
         found.setdefault(kind, {})["distance_to_nearest_training_image"] = {
             "median": float(distances.median()), "smallest": float(distances.min()), "images": few,
