@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 import data
+import fast
 import parallel
 import runs
 from cli import UserError
@@ -33,7 +34,8 @@ class Chains:
         self.model = runs.load_model(checkpoint, device)
         conditional = mixture_energy if args.mixture else path_energy if args.interpolate else joint_energy
         precision = runs.pick_precision(args.precision, device)
-        self.energy_of = runs.chain_energy(self.model, device, precision, conditional, args.compile)
+        energy_of = runs.chain_energy(self.model, device, precision, conditional)
+        self.energy_of, self.graphs = fast.from_flags(args, energy_of, self.model, device)
         self.settings = runs.chain_settings(checkpoint)
         self.settings.update({name: getattr(args, name) for name in ("step_size", "noise_std") if name in args.given})
         if args.denoise:
@@ -118,12 +120,12 @@ class Chains:
         """Run chains; held pixels are put back after every step, and frames are kept where the chains are watched."""
         held, between = x, max(steps // FRAMES, 1)
         piece = 1 if self.free is not None else between if watched else max(steps, 1)
-        settings = {"labels": condition, "module": self.model, "generator": self.generator, **self.settings}
+        settings = {"labels": condition, "module": self.model, "generator": self.generator, "graphs": self.graphs}
         if watched:
             self.frames.append(x[:GRID_CHAINS])
         for done in range(0, steps, piece):
             ends = min(done + piece, steps)
-            x = run_chains(self.energy_of, x, ends - done, **settings)
+            x = run_chains(self.energy_of, x, ends - done, **settings, **self.settings)
             if self.free is not None:
                 x = torch.where(self.free, x, held)
             if watched and (ends % between == 0 or ends == steps):

@@ -279,11 +279,15 @@ def add_precision_flag(group):
     )  # fmt: skip
 
 
-def add_compile_flag(group):
-    """Add --compile to a group."""
+def add_speed_flags(group):
+    """Add --compile and --cuda-graph, of fast.py, to a group."""
     group.add_argument(
         "--compile", action="store_true",
-        help="compile the energy for the chains, on a GPU into CUDA graphs; takes a minute, and goes on without where it fails",
+        help="compile the energy and its gradient for the chains; takes up to a minute, and goes on without where it fails",
+    )  # fmt: skip
+    group.add_argument(
+        "--cuda-graph", action="store_true",
+        help="capture the chains as a CUDA graph and replay it; goes on without where that fails, and where there is no GPU",
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def augment(images, strength, generator=None, flip_prob=0.0):
     bilinearly interpolated.
     """
     draws = (2 * torch.rand((5, len(images)), device=images.device, generator=generator) - 1) * strength
-    angle, zoom, shear, right, down = draws * draws.new_tensor([0.2, 0.1, 0.15, 1 / 7, 1 / 7])[:, None]  # half-sides
+    angle, zoom, shear, right, down = draws * _largest(images.device)
     zoom = 1 + zoom
     first = torch.stack([zoom * angle.cos(), shear - zoom * angle.sin(), right], dim=1)
     second = torch.stack([zoom * angle.sin(), zoom * angle.cos(), down], dim=1)
@@ -88,6 +88,12 @@ def augment(images, strength, generator=None, flip_prob=0.0):
     if images.shape[1] == 3:
         return grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     return grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+@functools.cache
+def _largest(device):
+    """Return the largest angle, zoom, shear and shifts (half-sides) of `augment`, (5, 1), kept where a GPU needs them."""
+    return torch.tensor([0.2, 0.1, 0.15, 1 / 7, 1 / 7], device=device)[:, None]
 
 
 def split_off(split, size):

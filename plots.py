@@ -266,7 +266,7 @@ def save_speed(rows, path):
             axis.set(title=f"{network}, {words[held]} {fixed}", xlabel=words[axis_name], xscale="log", yscale="log")
             axis.grid(alpha=0.3, which="both")
         axes[line, 0].set_ylabel("image-steps per second")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(names))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=min(len(names), 6))
     _finish(figure, path)
 
 

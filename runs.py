@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +68,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"device {name!r} cannot be used here ({reason}): use --device auto or --device cpu") from error
+    torch.backends.cudnn.benchmark = True  # a run's shapes are few: the fastest of cuDNN's algorithms is found once for each
     return device
 
 
@@ -89,11 +89,10 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def chain_energy(model, device, precision, conditional=joint_energy, compiled=False):
+def chain_energy(model, device, precision, conditional=joint_energy):
     """Return a network's energy as sgld.run_chains wants it: E(x) of (x), (N,) float32.
 
     Called as (x, labels) it returns conditional(logits, labels) instead: E(x, y) or another energy of models.py.
-    compiled: run it through torch.compile, see `Compiled`.
     """
 
     def energy_of(x, labels=None):
@@ -101,31 +100,7 @@ def chain_energy(model, device, precision, conditional=joint_energy, compiled=Fa
             logits = model(x).float()
         return energy(logits) if labels is None else conditional(logits, labels)
 
-    return Compiled(energy_of, device) if compiled else energy_of
-
-
-class Compiled:
-    """An energy run through torch.compile, on CUDA as CUDA graphs; where that fails, the plain energy, and a line says so.
-
-    energy_of: as sgld.run_chains wants it. Compiling takes about a minute; a new batch size compiles again.
-    """
-
-    def __init__(self, energy_of, device):
-        self.plain = energy_of
-        self.fast = torch.compile(energy_of, mode="reduce-overhead" if device.type == "cuda" else "default")
-        self.tried = False
-
-    def __call__(self, x, labels=None):
-        """Return E(x), or E(x, y) where labels are given: (N,) float32."""
-        if not self.tried:
-            self.tried, probe = True, x.detach().requires_grad_()
-            try:
-                torch.autograd.grad(self.fast(probe, labels).sum(), probe)
-            except Exception as error:  # no C++ compiler, no Triton, an operation that it does not know: each raises its own
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(f"--compile: cannot compile here ({reason}); going on without", file=sys.stderr, flush=True)
-                self.fast = self.plain
-        return self.fast(x, labels)
+    return energy_of
 
 
 def chain_settings(checkpoint):

@@ -75,7 +75,7 @@ def build_parser():
         type=cli.non_negative,
         help="standard deviation of the noise of a step, pixels on [-1, 1]; without it the training's",
     )
-    cli.add_compile_flag(group)
+    cli.add_speed_flags(group)
     group.add_argument("--chunk-size", type=cli.positive_int, default=250, help="chains that run at once: it bounds the memory")
     group = cli.add_run_flags(parser)
     group.add_argument("--animate", action="store_true", help="also write a GIF of the chains on their way")

@@ -13,6 +13,7 @@ This file needs torch alone and knows nothing of the rest of the project.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -54,22 +55,28 @@ def energy_and_gradient(energy, x, labels=None, chunk_size=None):
     labels: None or a tensor (N, ...) that is cut into chunks together with x.
     chunk_size: rows a call; None takes all at once. It bounds the memory of the backward pass.
 
-    Only the gradient with respect to x is formed: no parameter receives one and no graph is kept.
+    Only the gradient with respect to x is formed: no parameter receives one and no graph is kept. An energy that has a
+    method with_gradient, of the same arguments, is asked for (E, dE/dx) by that.
     Raises ValueError where the energy does not return one value for each row.
     """
     rows = len(x) if chunk_size is None else chunk_size
-    energies, gradients = [], []
-    for start in range(0, len(x), max(rows, 1)):
-        part = x[start : start + rows].detach().requires_grad_()
-        with torch.enable_grad():
-            values = energy(part) if labels is None else energy(part, labels[start : start + rows])
-            if values.shape != (len(part),):
-                raise ValueError(f"an energy must return shape ({len(part)},), one value a row; got {tuple(values.shape)}")
-            gradients.append(torch.autograd.grad(values.sum(), part)[0])
-        energies.append(values.detach())
-    if len(energies) == 1:
-        return energies[0], gradients[0]
-    return torch.cat(energies), torch.cat(gradients)
+    both = getattr(energy, "with_gradient", None) or partial(_by_autograd, energy)
+    starts = range(0, len(x), max(rows, 1))
+    parts = [(x[i : i + rows].detach(), *(() if labels is None else (labels[i : i + rows],))) for i in starts]
+    found = [both(*part) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    return tuple(torch.cat(values) for values in zip(*found, strict=True))
+
+
+def _by_autograd(energy, x, *labels):
+    """Return E, shape (N,), and dE/dx, shaped like x, from one call."""
+    x.requires_grad_()
+    with torch.enable_grad():
+        values = energy(x, *labels)
+        if values.shape != (len(x),):
+            raise ValueError(f"an energy must return shape ({len(x)},), one value a row; got {tuple(values.shape)}")
+        return values.detach(), torch.autograd.grad(values.sum(), x)[0]
 
 
 def add_noise(x, noise_std, generator=None):
@@ -99,7 +106,7 @@ def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, cl
 
 def run_chains(
     energy, x, steps, step_size, noise_std, *, noise_first=False, labels=None, pixel_grad_clip=None, clamp=None,
-    module=None, chunk_size=None, generator=None, callback=None, return_trajectory=False, check=True,
+    module=None, chunk_size=None, generator=None, callback=None, return_trajectory=False, check=True, graphs=None,
 ):  # fmt: skip
     """Run N Langevin chains for some steps, all of them in each batched call, and return where they end.
 
@@ -117,6 +124,8 @@ def run_chains(
         gradient is taken and their energies (N,).
     return_trajectory: return (steps + 1, N, ...) instead, the start first and the end last.
     check: look for values that are not finite, for which the host waits for a GPU once; False: leave that to the caller.
+    graphs: a fast.ChainGraphs, which captures the chain as a CUDA graph and replays it, or None. Chains that are watched,
+        by callback or return_trajectory, run without it.
 
     Returns (N, ...) float, detached. Raises ValueError for unusable settings and FloatingPointError, with the step,
     where an energy or the chains stop being finite.
@@ -136,19 +145,28 @@ def run_chains(
     x = x.detach()
     trajectory = [x]
     step_settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp, "generator": generator}
-    energies = []  # stay on the device and are looked at once, after the last step: no synchronisation inside the chain
-    with frozen(module):
+
+    def loop(x, labels, steps):
+        """Return where chains end after some steps, and the energies (N,) of each step."""
+        energies = []  # stay on the device and are looked at once, after the last step: no synchronisation inside the chain
         for step in range(steps):
             if noise_first:
                 x = add_noise(x, noise_std, generator)
             values, gradient = energy_and_gradient(energy, x, labels, chunk_size)
             if callback is not None:
                 callback(step, x, values)
-            if check:
-                energies.append(values)
+            energies.append(values)
             x = langevin_step(x, gradient, step_size, 0 if noise_first else noise_std, **step_settings)
             if return_trajectory:
                 trajectory.append(x)
+        return x, energies
+
+    with frozen(module):
+        if graphs is None or callback is not None or return_trajectory:
+            x, energies = loop(x, labels, steps)
+        else:
+            settings = (energy, step_size, noise_std, noise_first, pixel_grad_clip, clamp, chunk_size)
+            x, energies = graphs.run(loop, x, labels, steps, generator, settings)
     if check and not torch.isfinite(torch.cat([*energies, x.flatten()])).all():
         finite = [bool(torch.isfinite(part).all()) for part in (*energies, x)]
         step = finite.index(False)

@@ -62,7 +62,7 @@ def build_parser():
     group.add_argument(
         "--clamp", type=cli.non_negative, help="clamp the chains' pixels, and the data's, to [-CLAMP, CLAMP]; 0: not"
     )
-    cli.add_compile_flag(group)
+    cli.add_speed_flags(group)
     group = parser.add_argument_group("replay buffer")
     group.add_argument("--buffer-size", type=cli.positive_int, help="persistent chains")
     group.add_argument("--reinit-prob", type=cli.fraction, help="probability that a drawn chain is restarted")
@@ -337,7 +337,7 @@ def iterate(run, buffer, images, labels):
     slots, starts, chain_labels = buffer.draw(args.chain_batch_size // parallel.ranks(), generator)
     chains = run_chains(
         run.energy_of, starts, steps, **sgld_settings(args),
-        labels=chain_labels if conditional else None, module=run.model, generator=generator,
+        labels=chain_labels if conditional else None, module=run.model, generator=generator, graphs=run.graphs,
         # on a GPU the row of metrics.csv finds it, without a wait in each iteration; on several ranks then all find it
         check=run.device.type == "cpu" and parallel.ranks() == 1,
     )  # fmt: skip

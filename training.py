@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 import signal
@@ -11,10 +12,11 @@ import time
 from contextlib import contextmanager
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import cli
+import fast
 import parallel
 import plots
 import runs
@@ -49,17 +51,35 @@ def learning_rate(args, step, progress):
     return args.lr * rise * (args.lr_floor + (1 - args.lr_floor) * course)
 
 
-def averaging(decay):
-    """Return AveragedModel's update: an exponential moving average that begins short, so that the first weights weigh little.
+class MovingAverage:
+    """Exponential moving average of a network's weights that begins short, so that the first weights weigh little.
 
-    After n iterations the decay is the smaller of `decay` and (1 + n) / (10 + n): a short training's average is over its
-    last tenth.
+    The first update copies the weights. After n of them the decay is the smaller of `decay` and (1 + n) / (10 + n): a short
+    training's average is over its last tenth. The count stays on the host, where torch's AveragedModel keeps it on a GPU and
+    waits for it at every update.
+
+    module: the network with the averaged weights.
     """
 
-    def update(averaged, current, count):
-        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+    def __init__(self, model, decay):
+        self.module, self.decay, self.count = copy.deepcopy(model), decay, 0
 
-    return update
+    def update(self, model):
+        """Take in the weights that a network has now."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.count else 0.0
+        get_ema_multi_avg_fn(decay)(list(self.module.parameters()), list(model.parameters()), self.count)
+        self.count += 1
+
+    def state_dict(self):
+        """Return count and weights, under the names that AveragedModel gives them."""
+        weights = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        return {"n_averaged": torch.tensor(self.count), **weights}
+
+    def load_state_dict(self, state):
+        """Take up a state_dict."""
+        self.count = int(state["n_averaged"])
+        weights = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
+        self.module.load_state_dict(weights)
 
 
 @contextmanager
@@ -85,7 +105,8 @@ class Training:
     from, or None. max_minutes: the wall-clock budget, counted from the script's start, or None.
 
     model: the network that is trained. averaged: the one whose weights are kept, an exponential moving average of the
-    trained one's, or that one itself where args.ema_decay is 0. energy_of: the trained network's energy, for chains.
+    trained one's, or that one itself where args.ema_decay is 0. energy_of, graphs: the trained network's energy, for
+    sgld.run_chains, and the CUDA graphs of it that --cuda-graph asks for.
     generator: torch.Generator on the device, the source of every random draw but the first weights and the order of the
     data. Of several ranks (see parallel.py) each has its own generator and takes an equal share of every batch.
     Raises UserError for flags that do not fit the data.
@@ -105,10 +126,11 @@ class Training:
         if weights is not None:
             self.model.load_state_dict(weights)
         self.wrapped = parallel.wrapped(self.model, device)
-        compiled = getattr(args, "compile", False)  # the classifier's training runs no chains and has no such flag
-        self.energy_of = runs.chain_energy(self.model, device, self.precision, compiled=compiled)
+        self.energy_of, self.graphs = runs.chain_energy(self.model, device, self.precision), None
+        if phase == "jem":  # the classifier's training runs no chains
+            self.energy_of, self.graphs = fast.from_flags(args, self.energy_of, self.model, device)
         self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        self.ema = AveragedModel(self.model, multi_avg_fn=averaging(args.ema_decay)) if args.ema_decay else None
+        self.ema = MovingAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.seed = parallel.nth_seed(args.seed, parallel.rank())
         self.generator = torch.Generator(device).manual_seed(self.seed)
         self.step, self.minutes_before, self.max_minutes = 0, 0.0, max_minutes
@@ -252,7 +274,7 @@ class Training:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         if self.ema:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model)
         self.log.add(time.perf_counter() - self.began, **values)
         self.step += 1
         self._agree()

@@ -35,7 +35,7 @@ NETWORKS = {
     "wide-resnet 10-2": WIDE_RESNET | {"width": 2, "depth": 10},
     "wide-resnet 28-10": WIDE_RESNET | {"width": 10, "depth": 28},
 }  # fmt: skip
-MATRIX = 2048  # side of the matrices whose product is the limit
+MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side of the matrices whose product is the limit
 SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")}  # the paper clamps nothing
 
 
@@ -47,7 +47,8 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=cli.positive_int, nargs="+", default=[1, 5, 20, 100], help="Langevin steps K of a run")
     parser.add_argument("--rounds", type=cli.positive_int, default=7, help="timings of each method, taken by turns")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--compile", action="store_true", help="also time our step compiled (on a GPU: as CUDA graphs)")
+    parser.add_argument("--compile", action="store_true", help="also time our step compiled")
+    parser.add_argument("--cuda-graph", action="store_true", help="also time our chain, compiled or not, as a CUDA graph")
     parser.add_argument("--candidates", action="store_true", help="also time what could make the step cheaper, part by part")
     parser.add_argument("--out-dir", default="results/speed", help="folder that receives everything the script writes")
     return parser.parse_args(argv)
@@ -61,6 +62,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import fast
 import plots
 import runs
 from models import BlockStem, HalvingConv, build_model, energy
@@ -84,20 +86,25 @@ def paper_chains(model, x, steps):
     return x.detach()
 
 
-def chains_of(energy_of, module):
+def chains_of(energy_of, module, graphs=None):
     """Return a callable (x, steps) that runs our chains on an energy."""
-    return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=module)
+    return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=module, graphs=graphs)
 
 
 def methods(model, device, args):
     """Return {name: callable (x, steps)} of every way to run chains that this machine has."""
-    energies = {"ours": runs.chain_energy(model, device, runs.pick_precision("auto", device))}
-    energies["ours, float32"] = runs.chain_energy(model, device, "float32")
+    now = runs.chain_energy(model, device, runs.pick_precision("auto", device))
+    energies = {"ours": now, "ours, float32": runs.chain_energy(model, device, "float32")}
     if args.compile:
-        energies["ours, compiled"] = runs.Compiled(energies["ours"], device)
+        energies["ours, compiled"] = fast.Compiled(now, model)
+    ours = {name: chains_of(energy_of, model) for name, energy_of in energies.items()}
+    if args.cuda_graph:
+        del energies["ours, float32"]
+        graphs = fast.ChainGraphs()
+        ours |= {f"{name}, CUDA graph": chains_of(energy_of, model, graphs) for name, energy_of in energies.items()}
     plain = by_the_library(model, (BlockStem, HalvingConv)).to(memory_format=torch.contiguous_format)
     return {
-        **{name: chains_of(energy_of, model) for name, energy_of in energies.items()},
+        **ours,
         "the paper's": lambda x, steps: paper_chains(plain, x, steps),
         "the paper's, on our layers": lambda x, steps: paper_chains(model, x, steps),
         **other_library(model),
@@ -223,7 +230,8 @@ def seconds(work, device):
 def matrix_products(device):
     """Return {precision: callable} of one square matrix product each: the machine's limit."""
     pairs = {"float32": torch.float32, "bf16": torch.bfloat16}
-    factors = {name: torch.randn(2, MATRIX, MATRIX, device=device).to(kind) for name, kind in pairs.items()}
+    side = MATRIX[device.type]
+    factors = {name: torch.randn(2, side, side, device=device).to(kind) for name, kind in pairs.items()}
     return {name: lambda pair=pair: pair[0] @ pair[1] for name, pair in factors.items()}
 
 
@@ -243,7 +251,7 @@ def time_chains(name, batch, steps, args, device):
     each, work = operations(model, x[:2]), methods(model, device, args)
     limits = matrix_products(device)
     for call in work.values():
-        call(x, 1)
+        call(x, steps)  # warms up: what is compiled or captured is so here
     taken = {name: [] for name in (*work, *limits)}
     for _ in range(args.rounds):
         for method, call in work.items():
@@ -251,12 +259,12 @@ def time_chains(name, batch, steps, args, device):
         for precision, call in limits.items():
             call()
             taken[precision].append(seconds(call, device))
-    rates = {precision: 2 * MATRIX**3 / statistics.median(taken[precision]) for precision in limits}
+    rates = {precision: 2 * MATRIX[device.type] ** 3 / statistics.median(taken[precision]) for precision in limits}
     reference = statistics.median(taken["the paper's"])
-    rows = []
+    has_bf16, rows = runs.pick_precision("auto", device) == "bf16", []
     for method in work:
         middle = statistics.median(taken[method])
-        low_precision = method in ("ours", "ours, compiled") and runs.pick_precision("auto", device) == "bf16"
+        low_precision = has_bf16 and method.startswith("ours") and method != "ours, float32"
         rows.append({
             "network": name, "batch": batch, "steps": steps, "method": method,
             "image_steps_per_second": batch * steps / middle,
@@ -276,9 +284,9 @@ def markdown(args, rows, parts):
     lines += ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for row in rows:
         lines.append(
-            f"| {row['network']} | {row['batch']} | {row['steps']} | {row['method']} | {row['milliseconds_per_step']:.2f} | "
+            f"| {row['network']} | {row['batch']} | {row['steps']} | {row['method']} | {row['milliseconds_per_step']:.4g} | "
             f"{100 * row['spread']:.0f} % | {row['image_steps_per_second']:,.0f} | {row['times_the_papers']:.2f} | "
-            f"{100 * row['share_of_limit']:.0f} % of {row['limit_gflops']:.0f} GFLOP/s |"
+            f"{100 * row['share_of_limit']:.0f} % of {row['limit_gflops']:,.0f} GFLOP/s |"
         )
     if parts:
         now = parts[0]["milliseconds_per_step"]
@@ -301,7 +309,12 @@ def main(argv=None):
     args = parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     device = runs.pick_device(args.device)
-    args.machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    if args.cuda_graph and device.type != "cuda":
+        raise cli.UserError(
+            f"--cuda-graph needs a CUDA device, and this is {str(device)!r}: leave it out, or name another --device"
+        )
+    places = {"cpu": lambda: f"{torch.get_num_threads()} threads", "cuda": lambda: torch.cuda.get_device_name(device)}
+    args.machine = f"torch {torch.__version__}, {places.get(device.type, lambda: device)()}"
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = list(itertools.product(args.networks, args.batches, args.steps))

@@ -77,6 +77,7 @@ CASES = [
     ("time_to_quality", ["--dataset", "mnust"], "--dataset"),
     ("costs", ["--checkpoint", "{empty}/none.pt", "--out-dir", "{empty}"], "--checkpoint"),
     ("sgld_speed", ["--batches", "-64"], "--batches"),
+    ("sgld_speed", ["--cuda-graph", "--device", "cpu", "--out-dir", "{empty}/speed"], "--device"),
     ("two_moons", ["--out", "{empty}/none/moons.png"], "--out"),
     ("sample", ["--checkpoint", "{run}/jem.pt", "--inpaint", "left"], "--from-images"),
     ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/nowhere.png"], "there is no"),

@@ -52,7 +52,7 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path
 
 
 def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(tmp_path, sgld_speed, monkeypatch):
-    monkeypatch.setattr(sgld_speed, "MATRIX", 64)
+    monkeypatch.setitem(sgld_speed.MATRIX, "cpu", 64)
     flags = ["--networks", "small-cnn", "--batches", "2", "4", "--steps", "1", "3", "--rounds", "1", "--candidates"]
     sgld_speed.main([*flags, "--out-dir", str(tmp_path)])
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]

@@ -8,11 +8,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from torch import nn
 
 import runs
 from cli import UserError
-from sgld import run_chains
 
 WHOLE = dict.fromkeys(runs.NEEDED["jem"], 0)  # a checkpoint that has everything, if little of use
 
@@ -179,37 +177,3 @@ def test_chain_energy_is_float32_and_joint_where_labels_are_given():
     torch.testing.assert_close(energy_of(x), -model(x).logsumexp(1))
     torch.testing.assert_close(energy_of(x, labels), -model(x)[range(4), labels])
     assert runs.chain_energy(model, torch.device("cpu"), "bf16")(x).dtype == torch.float32
-
-
-def chain_of(energy_of, model):
-    start = 2 * torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)) - 1
-    settings = {"step_size": 0.1, "noise_std": 0.1, "noise_first": True, "pixel_grad_clip": 5.0, "clamp": (-1, 1)}
-    return run_chains(energy_of, start, 5, **settings, module=model, generator=torch.Generator().manual_seed(1))
-
-
-def test_a_compiled_energy_gives_the_same_chain():
-    torch.manual_seed(0)
-    model, cpu = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.SiLU()), torch.device("cpu")  # little, for it compiles long
-    plain = runs.chain_energy(model, cpu, "float32")
-    torch.testing.assert_close(chain_of(runs.Compiled(plain, cpu), model), chain_of(plain, model), rtol=0, atol=1e-5)
-
-
-def test_an_energy_that_cannot_be_compiled_goes_on_as_it_is(monkeypatch, capsys):
-    def no_compiler(*_, **__):
-        def fails(*_):
-            raise RuntimeError("no C++ compiler\nand many lines more")
-
-        return fails
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    model, cpu = runs.build_model("small-cnn", 10, 1, 28, width=4, depth=2, stem_stride=2), torch.device("cpu")
-    plain = runs.chain_energy(model, cpu, "float32")
-    assert torch.equal(chain_of(runs.Compiled(plain, cpu), model), chain_of(plain, model))
-    assert capsys.readouterr().err == "--compile: cannot compile here (no C++ compiler); going on without\n"
-
-
-def test_bf16_chains_stay_beside_float32_ones():
-    torch.manual_seed(0)
-    model, cpu = runs.build_model("small-cnn", 10, 1, 28, width=8, depth=2, stem_stride=2), torch.device("cpu")
-    low, full = (chain_of(runs.chain_energy(model, cpu, precision), model) for precision in ("bf16", "float32"))
-    assert 0 < (low - full).abs().max() < 0.01  # pixels; a step's noise is 0.1
