@@ -79,7 +79,10 @@ class BlockStem(nn.Conv2d):
         side = self.stride[0]
         beyond = (0, -x.shape[3] % side, 0, -x.shape[2] % side)
         blocks = pixel_unshuffle(pad(x, beyond) if any(beyond) else x, side)
-        return conv2d(blocks, pixel_unshuffle(pad(self.weight, (0, 1, 0, 1)), side), self.bias, padding=1)
+        weight = pixel_unshuffle(pad(self.weight, (0, 1, 0, 1)), side)
+        if x.is_cuda:  # or the layers after it would copy its maps to this layout, and their gradients back
+            blocks, weight = (part.contiguous(memory_format=torch.channels_last) for part in (blocks, weight))
+        return conv2d(blocks, weight, self.bias, padding=1)
 
 
 class HalvingConv(nn.Conv2d):

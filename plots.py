@@ -250,10 +250,12 @@ def save_speed(rows, path):
     """
     networks = list(dict.fromkeys(row["network"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = _panels(2, len(networks), 3.6, 2.7)
-    for line, (axis_name, held) in enumerate((("batch", "steps"), ("steps", "batch"))):
-        values = sorted({row[held] for row in rows})
-        fixed = values[(len(values) - 1) // 2]
+    values = {name: sorted({row[name] for row in rows}) for name in ("batch", "steps")}
+    words = {"batch": "batch", "steps": "K"}
+    lines = [pair for pair in (("batch", "steps"), ("steps", "batch")) if len(values[pair[0]]) > 1] or [("batch", "steps")]
+    figure, axes = _panels(len(lines), len(networks), 3.6, 2.7)
+    for line, (axis_name, held) in enumerate(lines):
+        fixed = values[held][(len(values[held]) - 1) // 2]
         for axis, network in zip(axes[line], networks, strict=True):
             for index, name in enumerate(names):
                 points = [
@@ -262,11 +264,12 @@ def save_speed(rows, path):
                     if (row["network"], row["method"], row[held]) == (network, name, fixed)
                 ]
                 axis.plot(*zip(*points, strict=True), marker=".", color=SERIES_COLOURS[index], label=name, linewidth=1.2)
-            words = {"batch": "batch", "steps": "K"}
             axis.set(title=f"{network}, {words[held]} {fixed}", xlabel=words[axis_name], xscale="log", yscale="log")
+            axis.set_xticks(values[axis_name], values[axis_name])
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3, which="both")
         axes[line, 0].set_ylabel("image-steps per second")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=min(len(names), 6))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=1 + len(networks))
     _finish(figure, path)
 
 

@@ -51,6 +51,9 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer chains and weaker attacks at the end of each run")
     parser.add_argument("--kmnist", metavar="FILE", help=".npz of KMNIST test images, for --test")
     parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set")
+    parser.add_argument(
+        "--resume", action="store_true", help="do not repeat the trainings that --out-dir already holds to the end"
+    )
     parser.add_argument("--out-dir", default="results/quality", help="folder that receives everything the script writes")
     args = parser.parse_args(argv)
     args.variant = [word.partition(":")[::2] for word in args.variant or ["preset:"]]
@@ -60,7 +63,10 @@ def parse_args(argv=None):
 def train(args, name, flags, seed, cores):
     """Run train_jem.py under the budget and keep a copy of its checkpoint every --save-minutes; returns their paths."""
     folder = Path(args.out_dir) / "runs" / f"{name.replace(' ', '-')}-seed-{seed}"
-    points = folder / "points"
+    points, record = folder / "points", folder / "training.json"
+    settings = {"dataset": args.dataset, "seed": seed, "minutes": args.minutes, "flags": flags}
+    if args.resume and record.exists() and (done := json.loads(record.read_text()))["settings"] == settings:
+        return done["exit_code"], sorted(points.iterdir())
     shutil.rmtree(folder, ignore_errors=True)
     points.mkdir(parents=True)
     command = [
@@ -84,6 +90,7 @@ def train(args, name, flags, seed, cores):
             if ended:
                 break
             time.sleep(0.2)
+    record.write_text(json.dumps({"settings": settings, "exit_code": process.returncode}) + "\n")
     print(f"{name}, seed {seed}: exit code {process.returncode}, {len(kept)} checkpoints", flush=True)
     return process.returncode, kept
 

@@ -50,6 +50,10 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(tmp_path
     assert "| | scratch | diverging |" in table and "| runs that diverged | 0 of 2 | 2 of 2 |" in table and "±" in table
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
+    monkeypatch.setattr(time_to_quality.subprocess, "Popen", None)  # nothing is trained again
+    time_to_quality.main([*settings, *variants, "--resume", "--out-dir", str(tmp_path)])
+    assert json.loads((tmp_path / "quality.json").read_text()) == found
+
 
 def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(tmp_path, sgld_speed, monkeypatch):
     monkeypatch.setitem(sgld_speed.MATRIX, "cpu", 64)
