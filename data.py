@@ -62,6 +62,11 @@ def to_model(pixels):
     return pixels * 2 - 1
 
 
+def from_bytes(pixels):
+    """Scale pixels 0..255 to the model's [-1, 1]; uint8 tensor of any shape."""
+    return pixels.div(255).mul_(2).sub_(1)  # in place, for fresh memory costs more than the arithmetic
+
+
 def to_unit(x):
     """Scale the model's pixels in [-1, 1] to [0, 1], clamping what a chain left outside; float tensor of any shape."""
     return ((x + 1) / 2).clamp(0, 1)
@@ -132,8 +137,8 @@ def _load_digits(data_dir):
 
 
 def _load_mnist(data_dir):
-    train, val = split_off(_mnist_part(data_dir, train=True), 5000)
-    return Dataset("mnist", 10, train, val, _mnist_part(data_dir, train=False))
+    splits = (*split_off(_mnist_part(data_dir, train=True), 5000), _mnist_part(data_dir, train=False))
+    return Dataset("mnist", 10, *(Split(from_bytes(images), labels) for images, labels in splits))
 
 
 def _load_torchvision(name, data_dir):
@@ -143,7 +148,7 @@ def _load_torchvision(name, data_dir):
         pixels = torch.tensor(_raw_images(part))
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2) if pixels.shape[3] == 3 else pixels
         labels = torch.as_tensor(np.asarray(part.labels if name == "svhn" else part.targets)).long()
-        parts.append(Split(to_model(pixels.float() / 255), labels - 1 if name == "emnist-letters" else labels))
+        parts.append(Split(from_bytes(pixels), labels - 1 if name == "emnist-letters" else labels))
     train, test = parts
     classes = train.labels.unique().tolist()
     if classes != list(range(len(classes))) or not set(test.labels.tolist()) <= set(classes):
@@ -210,7 +215,7 @@ def _class_folders(root, image_size):
     for part, classes_of in zip(pictures, labels, strict=True):
         pixels = torch.from_numpy(np.stack([np.asarray(picture.convert(mode)) for picture in part]))
         pixels = pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2)
-        splits.append(Split(to_model(pixels.float() / 255), classes_of))
+        splits.append(Split(from_bytes(pixels), classes_of))
     return splits
 
 
@@ -244,7 +249,7 @@ def _hold_out(split, share, root):
 
 
 def _mnist_part(data_dir, train):
-    """Load MNIST's training or test images, downloading them where they are missing."""
+    """Load MNIST's training or test images as bytes, downloading them where they are missing."""
     from torchvision.datasets import MNIST
 
     raw = Path(data_dir, "MNIST", "raw")
@@ -265,7 +270,7 @@ def _mnist_part(data_dir, train):
     every_class = part.targets.unique().tolist() == list(range(10))
     if part.data.shape != (count, 28, 28) or part.targets.shape != (count,) or not every_class:
         raise _damaged_mnist(data_dir)
-    return Split(to_model(part.data.unsqueeze(1) / 255), part.targets)
+    return Split(part.data.unsqueeze(1), part.targets)
 
 
 def _damaged_mnist(data_dir):

@@ -9,12 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.metrics import roc_curve
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -153,6 +148,8 @@ def save_roc_curves(scored, path):
 
     scored: {model: {set: {score: (N,) array}}} with the test set first.
     """
+    from sklearn.metrics import roc_curve  # here, as matplotlib in `_panels`
+
     figure, axes = _panels(len(scored), len(next(iter(next(iter(scored.values())).values()))), 3.0, 2.6)
     for line, (model, sets) in zip(axes, scored.items(), strict=True):
         inside, *names = sets
@@ -307,13 +304,15 @@ def save_soak(memory, rows, path):
 
 def _panels(rows, columns, width, height):
     """Return a figure and its axes (rows, columns), each panel width x height inches."""
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    from matplotlib.figure import Figure  # here, for a training starts without it, and no figure is drawn in its first seconds
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _finish(figure, path):
-    """Write a figure and close it."""
+    """Write a figure."""
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
 
 
 def _replace(path, write):

@@ -253,10 +253,11 @@ class GaussianRestart:
         means, factors, weights = [], [], []
         rank = min(rank, flat.shape[1])
         for label in range(num_classes):
-            if (size := int((labels == label).sum())) < 2:
+            of_class, its_parts = flat[labels == label], parts[labels == label]
+            if (size := len(of_class)) < 2:
                 raise ValueError(f"class {label} has {size} training images; a Gaussian needs at least 2")
             for part in range(count):
-                members = flat[(labels == label) & (parts == part)]
+                members = of_class[its_parts == part]
                 weights.append(len(members) / len(labels))
                 means.append(members.mean(0) if len(members) else torch.zeros_like(flat[0]))
                 enough = len(members) > 1
