@@ -228,8 +228,10 @@ def seconds(work, device):
 
 
 def matrix_products(device):
-    """Return {precision: callable} of one square matrix product each: the machine's limit."""
-    pairs = {"float32": torch.float32, "bf16": torch.bfloat16}
+    """Return {precision: callable} of one square matrix product each, of what the machine has: its limit."""
+    pairs = {"float32": torch.float32}
+    if runs.pick_precision("auto", device) == "bf16":
+        pairs["bf16"] = torch.bfloat16
     side = MATRIX[device.type]
     factors = {name: torch.randn(2, side, side, device=device).to(kind) for name, kind in pairs.items()}
     return {name: lambda pair=pair: pair[0] @ pair[1] for name, pair in factors.items()}
