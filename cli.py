@@ -89,6 +89,11 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number  # as shells report it
 
 
+def first_line(error):
+    """Return why an error was raised: the first line of its message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exits_cleanly(main):
     """Wrap a script's main: a mistake becomes one line on stderr and exit code 2, a signal exit code 128 + its number."""
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from cli import UserError
+from cli import UserError, first_line
 
 SPLIT_SEED = 0
 
@@ -257,7 +257,7 @@ def _mnist_part(data_dir, train):
         try:
             MNIST(data_dir, download=True)
         except (RuntimeError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"MNIST is not under {str(data_dir)!r} and its download failed ({reason}): name the folder that holds "
                 "MNIST/raw with --data-dir or SGLD_NRG_DATA, or use --dataset digits, which needs no download"
@@ -366,7 +366,7 @@ def _torchvision_part(name, data_dir, download, train=False):
         try:
             return getattr(torchvision.datasets, kind)(data_dir, download=fetch, **settings)
         except Exception as error:  # each of them raises in its own way
-            reason, cause = (str(error).strip() or type(error).__name__).splitlines()[0], error
+            reason, cause = first_line(error), error
     raise UserError(f"{name} is not under {str(data_dir)!r} ({reason}): name its folder with --data-dir{advice}") from cause
 
 

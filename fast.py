@@ -10,6 +10,7 @@ import sys
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from cli import first_line
 from sgld import energy_and_gradient, frozen
 
 PIECE = 20  # Langevin steps in one CUDA graph, at most: a longer chain is replayed piece by piece
@@ -20,18 +21,14 @@ def from_flags(args, energy_of, module, device):
 
     energy_of: callable as run_chains wants it. module: the torch.nn.Module behind it. device: torch.device of the chains.
     """
-    if args.cuda_graph and device.type != "cuda":
-        _say("--cuda-graph", "that needs a CUDA device")
     graphs = ChainGraphs() if args.cuda_graph and device.type == "cuda" else None
+    if args.cuda_graph and graphs is None:
+        _say("--cuda-graph", "that needs a CUDA device")
     return Compiled(energy_of, module) if args.compile else energy_of, graphs
 
 
-def _say(flag, reason):
-    print(f"{flag}: {reason}; going on without", file=sys.stderr, flush=True)
-
-
-def _reason(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _say(flag, why):
+    print(f"{flag}: {why}; going on without", file=sys.stderr, flush=True)
 
 
 class Compiled:
@@ -73,7 +70,7 @@ class Compiled:
                     fast(*inputs)
             return fast
         except Exception as error:  # no C++ compiler, no Triton, an operation that it does not know: each raises its own
-            _say("--compile", f"cannot compile here ({_reason(error)})")
+            _say("--compile", f"cannot compile here ({first_line(error)})")
             self.failed = True
             return plain
 
@@ -113,7 +110,7 @@ class ChainGraphs:
         try:
             self.captured[key] = self._graph(loop, x.clone(), None if labels is None else labels.clone(), steps, generator)
         except RuntimeError as error:
-            _say("--cuda-graph", f"cannot capture the chain ({_reason(error)})")
+            _say("--cuda-graph", f"cannot capture the chain ({first_line(error)})")
             self.failed = True
         for each, state in states:  # the draws of the warming up are drawn again
             if self.failed:  # and a generator that a capture was broken off with takes no set_state

@@ -21,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import parallel
-from cli import UserError
+from cli import UserError, first_line
 from models import build_model, energy, joint_energy
 
 FORMAT = "sgld-nrg 1"
@@ -66,8 +66,9 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here ({reason}): use --device auto or --device cpu") from error
+        raise UserError(
+            f"device {name!r} cannot be used here ({first_line(error)}): use --device auto or --device cpu"
+        ) from error
     torch.backends.cudnn.benchmark = True  # a run's shapes are few: the fastest of cuDNN's algorithms is found once for each
     return device
 

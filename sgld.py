@@ -167,12 +167,18 @@ def run_chains(
         else:
             settings = (energy, step_size, noise_std, noise_first, pixel_grad_clip, clamp, chunk_size)
             x, energies = graphs.run(loop, x, labels, steps, generator, settings)
-    if check and not torch.isfinite(torch.cat([*energies, x.flatten()])).all():
-        finite = [bool(torch.isfinite(part).all()) for part in (*energies, x)]
-        step = finite.index(False)
-        what = "the chains are" if step == steps else "the energy is"
-        raise FloatingPointError(f"{what} not finite at Langevin step {step} of {steps}")
+    if check:
+        _check_finite(energies, x)
     return torch.stack(trajectory) if return_trajectory else x
+
+
+def _check_finite(energies, x):
+    """Raise FloatingPointError where chains x, or the energies of one of the steps that led there, are not finite."""
+    if torch.isfinite(torch.cat([*energies, x.flatten()])).all():
+        return
+    step = [bool(torch.isfinite(part).all()) for part in (*energies, x)].index(False)
+    what = "the chains are" if step == len(energies) else "the energy is"
+    raise FloatingPointError(f"{what} not finite at Langevin step {step} of {len(energies)}")
 
 
 def check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size):

@@ -263,18 +263,19 @@ def time_chains(name, batch, steps, args, device):
             taken[precision].append(seconds(call, device))
     rates = {precision: 2 * MATRIX[device.type] ** 3 / statistics.median(taken[precision]) for precision in limits}
     reference = statistics.median(taken["the paper's"])
-    has_bf16, rows = runs.pick_precision("auto", device) == "bf16", []
+    rows = []
     for method in work:
         middle = statistics.median(taken[method])
-        low_precision = has_bf16 and method.startswith("ours") and method != "ours, float32"
+        low_precision = "bf16" in rates and method.startswith("ours") and method != "ours, float32"
+        limit = rates["bf16" if low_precision else "float32"]
         rows.append({
             "network": name, "batch": batch, "steps": steps, "method": method,
             "image_steps_per_second": batch * steps / middle,
             "milliseconds_per_step": 1000 * middle / steps,
             "spread": (max(taken[method]) - min(taken[method])) / middle,
             "times_the_papers": reference / middle,
-            "share_of_limit": batch * steps / middle * each / rates["bf16" if low_precision else "float32"],
-            "limit_gflops": rates["bf16" if low_precision else "float32"] / 1e9,
+            "share_of_limit": batch * steps / middle * each / limit,
+            "limit_gflops": limit / 1e9,
         })  # fmt: skip
     return rows
 
@@ -315,8 +316,10 @@ def main(argv=None):
         raise cli.UserError(
             f"--cuda-graph needs a CUDA device, and this is {str(device)!r}: leave it out, or name another --device"
         )
-    places = {"cpu": lambda: f"{torch.get_num_threads()} threads", "cuda": lambda: torch.cuda.get_device_name(device)}
-    args.machine = f"torch {torch.__version__}, {places.get(device.type, lambda: device)()}"
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    args.machine = f"torch {torch.__version__}, {where}"
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = list(itertools.product(args.networks, args.batches, args.steps))
