@@ -6,12 +6,13 @@ Both give the plain chain, to the rounding of the network's arithmetic, and wher
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cli import first_line
-from sgld import energy_and_gradient, frozen
+from sgld import chain_step, frozen
 
 PIECE = 20  # Langevin steps in one CUDA graph, at most: a longer chain is replayed piece by piece
 
@@ -32,10 +33,12 @@ def _say(flag, why):
 
 
 class Compiled:
-    """An energy whose value and gradient are traced into one graph, without autograd, and compiled by torch.compile.
+    """An energy whose whole Langevin step is traced into one graph, without autograd, and compiled by torch.compile.
+
+    What the step makes of the weights alone, such as their casts, is taken out of it and done once a chain.
 
     energy_of: callable as sgld.run_chains wants it. module: the torch.nn.Module behind it; a change of its weights in place
-    is seen. Each shape of the chains compiles anew, which takes up to a minute.
+    is seen by the next chain. Each shape of the chains compiles anew, which takes up to a minute.
     """
 
     def __init__(self, energy_of, module):
@@ -46,33 +49,62 @@ class Compiled:
         """Return E(x), or E(x, y) where labels are given: (N,), as the plain energy."""
         return self.plain(x) if labels is None else self.plain(x, labels)
 
-    def with_gradient(self, x, labels=None):
-        """Return E, shape (N,), and dE/dx, shaped like x; see sgld.energy_and_gradient."""
-        inputs = (x,) if labels is None else (x, labels)
-        key = tuple((part.shape, part.dtype, part.stride()) for part in inputs)
-        if key not in self.fast:
-            self.fast[key] = self._compile(*inputs)
-        with torch.no_grad():
-            return self.fast[key](*inputs)
+    def stepper(self, **settings):
+        """Return what takes the steps of one run of chains: a callable like sgld.chain_step with these settings."""
+        plain, made = partial(chain_step, self, **settings), {}  # made: the compiled steps with what they need of the weights
 
-    def _compile(self, *inputs):
-        """Return the compiled function of these inputs, or the plain one where that fails."""
+        def step(x, noise, labels=None):
+            inputs = [part for part in (x, noise, labels) if part is not None]
+            key = (*settings.values(), *((part.shape, part.dtype, part.stride()) for part in inputs))
+            if key not in self.fast and not self.failed:
+                self._compile(key, plain, x, noise, labels)
+            if self.failed:
+                return plain(x, noise, labels)
+            weights_of, rest = self.fast[key]
+            with torch.no_grad():
+                if key not in made:
+                    made[key] = weights_of()
+                return rest(*inputs, *made[key])
 
-        def plain(*inputs):
-            return energy_and_gradient(self.plain, *inputs)
+        return step
 
-        if self.failed:
-            return plain
+    def _compile(self, key, plain, x, noise, labels):
+        """Compile the step of such inputs; where that fails, say so and remember it."""
+        places = [place for place, part in enumerate((x, noise, labels)) if part is not None]
+
+        def step(*inputs):
+            given = dict(zip(places, inputs, strict=True))
+            return plain(*(given.get(place) for place in range(3)))
+
+        inputs = [part for part in (x, noise, labels) if part is not None]
         try:
             with frozen(self.module):
-                fast = torch.compile(make_fx(plain)(*inputs), dynamic=False)
+                weights_of, rest = _split(make_fx(step)(*inputs))
+                rest = torch.compile(rest, dynamic=False)
                 with torch.no_grad():
-                    fast(*inputs)
-            return fast
+                    rest(*inputs, *weights_of())
+            self.fast[key] = weights_of, rest
         except Exception as error:  # no C++ compiler, no Triton, an operation that it does not know: each raises its own
             _say("--compile", f"cannot compile here ({first_line(error)})")
             self.failed = True
-            return plain
+
+
+def _split(traced):
+    """Cut a traced function in two, (weights_of, rest): it is rest(*inputs, *weights_of()), and weights_of takes no inputs."""
+    first, rest, early, late = torch.fx.Graph(), torch.fx.Graph(), {}, {}
+    for node in traced.graph.nodes:
+        known = node.op == "call_function" and node.all_input_nodes and all(part in early for part in node.all_input_nodes)
+        if node.op == "get_attr" or known:
+            early[node] = first.node_copy(node, early.__getitem__)
+        elif node.op == "placeholder":
+            late[node] = rest.node_copy(node)
+    crossing = [node for node in early if any(user not in early for user in node.users)]
+    first.output(tuple(early[node] for node in crossing))
+    late |= {node: rest.placeholder(node.name) for node in crossing}
+    for node in traced.graph.nodes:
+        if node not in early and node not in late:
+            late[node] = rest.node_copy(node, late.__getitem__)
+    return torch.fx.GraphModule(traced, first), torch.fx.GraphModule(traced, rest)
 
 
 class ChainGraphs:
@@ -86,7 +118,7 @@ class ChainGraphs:
         self.captured, self.pool, self.failed = {}, None, False
 
     def run(self, loop, x, labels, steps, generator, settings):
-        """Return what loop(x, labels, steps) does: the chains' ends (N, ...) and the energies (N,) of each step, in a list.
+        """Return what loop(x, labels, steps) does: the chains' ends (N, ...) and a list of energies (N,), which may be empty.
 
         settings: whatever else loop depends on, hashable. generator: the torch.Generator that loop draws from, or None for
         the device's own. A loop that cannot be captured, because it waits for the GPU, runs as it is.
@@ -138,6 +170,7 @@ class ChainGraphs:
             if labels is not None:
                 static_labels.copy_(labels)
             graph.replay()
-            return ends.clone(), list(torch.stack(energies))  # the next replay, of whichever graph, overwrites them
+            # copies, for the next replay, of whichever graph, overwrites them
+            return ends.clone(), list(torch.stack(energies)) if energies else []
 
         return replay

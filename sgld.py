@@ -55,38 +55,48 @@ def energy_and_gradient(energy, x, labels=None, chunk_size=None):
     labels: None or a tensor (N, ...) that is cut into chunks together with x.
     chunk_size: rows a call; None takes all at once. It bounds the memory of the backward pass.
 
-    Only the gradient with respect to x is formed: no parameter receives one and no graph is kept. An energy that has a
-    method with_gradient, of the same arguments, is asked for (E, dE/dx) by that.
+    Only the gradient with respect to x is formed: no parameter receives one and no graph is kept.
     Raises ValueError where the energy does not return one value for each row.
     """
-    rows = len(x) if chunk_size is None else chunk_size
-    both = getattr(energy, "with_gradient", None) or partial(_by_autograd, energy)
-    starts = range(0, len(x), max(rows, 1))
-    parts = [(x[i : i + rows].detach(), *(() if labels is None else (labels[i : i + rows],))) for i in starts]
-    found = [both(*part) for part in parts]
-    if len(found) == 1:
-        return found[0]
-    return tuple(torch.cat(values) for values in zip(*found, strict=True))
+
+    def of_chunk(x, labels):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            values = energy(x) if labels is None else energy(x, labels)
+            if values.shape != (len(x),):
+                raise ValueError(f"an energy must return shape ({len(x)},), one value a row; got {tuple(values.shape)}")
+            return values.detach(), torch.autograd.grad(values.sum(), x)[0]
+
+    return _in_chunks(of_chunk, chunk_size, x, labels)
 
 
-def _by_autograd(energy, x, *labels):
-    """Return E, shape (N,), and dE/dx, shaped like x, from one call."""
-    x.requires_grad_()
-    with torch.enable_grad():
-        values = energy(x, *labels)
-        if values.shape != (len(x),):
-            raise ValueError(f"an energy must return shape ({len(x)},), one value a row; got {tuple(values.shape)}")
-        return values.detach(), torch.autograd.grad(values.sum(), x)[0]
+def _in_chunks(function, chunk_size, *tensors):
+    """Return what function(*tensors) does, a tuple of tensors, from calls on so many rows of each; None stays None."""
+    count = len(tensors[0])
+    if chunk_size is None or count <= chunk_size:
+        return function(*tensors)
+    cut = [[None] * -(-count // chunk_size) if tensor is None else tensor.split(chunk_size) for tensor in tensors]
+    return tuple(torch.cat(parts) for parts in zip(*map(function, *cut), strict=True))
 
 
-def add_noise(x, noise_std, generator=None):
-    """Return x + noise_std * eps, eps ~ N(0, I); with noise_std 0 nothing is drawn and x itself comes back."""
+def draw_noise(x, generator=None):
+    """Draw eps ~ N(0, I), shaped like x."""
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def add_noise(x, noise_std, generator=None, noise=None):
+    """Return x + noise_std * eps, eps ~ N(0, I), drawn here unless it is given as noise.
+
+    With noise_std 0 nothing is drawn and x itself comes back.
+    """
     if noise_std == 0:
         return x
-    return torch.add(x, torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), alpha=noise_std)
+    return torch.add(x, draw_noise(x, generator) if noise is None else noise, alpha=noise_std)
 
 
-def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None):
+def langevin_step(
+    x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None, noise=None
+):  # fmt: skip
     """Take one Langevin step down the energy: x - step_size * gradient + noise_std * eps.
 
     x, gradient: (N, ...) float; gradient is dE/dx at x. Neither is changed.
@@ -94,14 +104,27 @@ def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, cl
     noise_std: >= 0, in the units of x; 0 is plain gradient descent.
     pixel_grad_clip: each coordinate of the gradient is clipped to [-pixel_grad_clip, pixel_grad_clip]; None: not.
     clamp: (low, high) that the new x is clamped to; None: not.
-    generator: torch.Generator on x's device for eps.
+    generator: torch.Generator on x's device for eps. noise: eps itself, shaped like x, where it is drawn already.
     """
     if pixel_grad_clip is not None:
         gradient = gradient.clamp(-pixel_grad_clip, pixel_grad_clip)
-    new = add_noise(torch.add(x, gradient, alpha=-step_size), noise_std, generator)
+    new = add_noise(torch.add(x, gradient, alpha=-step_size), noise_std, generator, noise)
     if clamp is not None:
         new.clamp_(*clamp)
     return new
+
+
+def chain_step(energy, x, noise, labels=None, *, step_size, noise_std, noise_first, pixel_grad_clip, clamp):
+    """Take one step of `run_chains`, with eps given: returns the energies (N,) where the gradient is taken, and the new x.
+
+    energy, x, labels: as in `energy_and_gradient`. noise: eps, shaped like x, or None where noise_std is 0. The rest: as in
+    `run_chains`.
+    """
+    if noise_first:
+        x, noise_std = add_noise(x, noise_std, noise=noise), 0
+    values, gradient = energy_and_gradient(energy, x, labels)
+    settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp}
+    return values, langevin_step(x, gradient, step_size, noise_std, **settings, noise=noise)
 
 
 def run_chains(
@@ -111,7 +134,8 @@ def run_chains(
     """Run N Langevin chains for some steps, all of them in each batched call, and return where they end.
 
     energy, labels, chunk_size: as in `energy_and_gradient`. The noise of a step is drawn once for all chains,
-        so the result does not depend on chunk_size beyond rounding.
+        so the result does not depend on chunk_size beyond rounding. An energy that has a method stepper is asked by
+        stepper(**settings), at the start of the chains, for what takes their steps: see `chain_step`, fast.Compiled.
     x: (N, ...) float, the chains' start; left as it is.
     steps: >= 0. step_size, noise_std, pixel_grad_clip, clamp: as in `langevin_step`.
     noise_first: a step adds its noise before it takes the gradient, x' = x + noise_std * eps, x <- x' - step_size *
@@ -144,19 +168,24 @@ def run_chains(
         module = energy
     x = x.detach()
     trajectory = [x]
-    step_settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp, "generator": generator}
+    settings = {
+        "step_size": step_size, "noise_std": noise_std, "noise_first": noise_first,
+        "pixel_grad_clip": pixel_grad_clip, "clamp": clamp,
+    }  # fmt: skip
 
     def loop(x, labels, steps):
-        """Return where chains end after some steps, and the energies (N,) of each step."""
+        """Return where chains end after some steps, and, where they will be looked at, the energies (N,) of each step."""
+        stepper = getattr(energy, "stepper", None)
+        one_step = stepper(**settings) if stepper else partial(chain_step, energy, **settings)
         energies = []  # stay on the device and are looked at once, after the last step: no synchronisation inside the chain
         for step in range(steps):
-            if noise_first:
-                x = add_noise(x, noise_std, generator)
-            values, gradient = energy_and_gradient(energy, x, labels, chunk_size)
+            noise = draw_noise(x, generator) if noise_std else None
+            values, new = _in_chunks(one_step, chunk_size, x, noise, labels)
             if callback is not None:
-                callback(step, x, values)
-            energies.append(values)
-            x = langevin_step(x, gradient, step_size, 0 if noise_first else noise_std, **step_settings)
+                callback(step, add_noise(x, noise_std, noise=noise) if noise_first else x, values)
+            if check:
+                energies.append(values)
+            x = new
             if return_trajectory:
                 trajectory.append(x)
         return x, energies
@@ -165,8 +194,8 @@ def run_chains(
         if graphs is None or callback is not None or return_trajectory:
             x, energies = loop(x, labels, steps)
         else:
-            settings = (energy, step_size, noise_std, noise_first, pixel_grad_clip, clamp, chunk_size)
-            x, energies = graphs.run(loop, x, labels, steps, generator, settings)
+            key = (energy, chunk_size, check, *settings.values())
+            x, energies = graphs.run(loop, x, labels, steps, generator, key)
     if check:
         _check_finite(energies, x)
     return torch.stack(trajectory) if return_trajectory else x
