@@ -1,6 +1,6 @@
-"""Faster ways to run the chains of sgld.py: the energy compiled, and the whole chain as one CUDA graph.
+"""Faster ways to run the chains of sgld.py and the iterations of train_jem.py: compiled steps, and CUDA graphs.
 
-Both give the plain chain, to the rounding of the network's arithmetic, and where one is not to be had the plain one goes on.
+Both give the plain result, to the rounding of the network's arithmetic, and where one is not to be had it goes on without.
 """
 
 from __future__ import annotations
@@ -107,70 +107,85 @@ def _split(traced):
     return torch.fx.GraphModule(traced, first), torch.fx.GraphModule(traced, rest)
 
 
-class ChainGraphs:
-    """Chains on a GPU as CUDA graphs: captured where a shape or setting is first asked for, then replayed.
+class Graphs:
+    """Functions of tensors as CUDA graphs: run as they are when first asked for, captured the second time, then replayed.
 
-    Of a small network the GPU runs a step's kernels in less time than the host needs to launch them one by one; a graph is
-    launched at once. The chains are those of the plain loop, bit for bit where the kernels are deterministic.
+    Of a small network the GPU runs the kernels in less time than the host needs to launch them one by one; a graph is
+    launched at once. A function that cannot be captured, because it waits for the GPU, runs as it is, and so does all after it.
     """
 
     def __init__(self):
-        self.captured, self.pool, self.failed = {}, None, False
+        self.seen, self.captured, self.pool, self.failed = set(), {}, None, False
 
-    def run(self, loop, x, labels, steps, generator, settings):
+    def run(self, key, function, inputs, generator):
+        """Return function(*inputs): tensors, in tuples, lists and dicts, that hold until the next call.
+
+        key: hashable; the same for calls that differ in the inputs' values alone. inputs: tensors on one GPU. generator: the
+        torch.Generator that the function draws from, or None for the device's own; it goes on as it would without a graph.
+        """
+        if self.failed:
+            return function(*inputs)
+        if key not in self.seen:
+            self.seen.add(key)
+            return self._beside(function, inputs)
+        if key not in self.captured:
+            self._capture(key, function, inputs, generator)
+            if self.failed:
+                return function(*inputs)
+        places, graph, results = self.captured[key]
+        for place, value in zip(places, inputs, strict=True):
+            place.copy_(value)
+        graph.replay()
+        return results
+
+    def _beside(self, function, inputs):
+        """Run a function on a stream of its own, which sets up what a first call sets up as a capture wants it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            results = function(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        return results
+
+    def _capture(self, key, function, inputs, generator):
+        """Capture a function on copies of its inputs; where that fails, say so and remember it."""
+        default = torch.cuda.default_generators[inputs[0].device.index]
+        generator = generator or default
+        states = [(each, each.get_state()) for each in (default, generator)]
+        places, graph = [value.clone() for value in inputs], torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph.register_generator_state(generator)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                results = function(*places)
+            self.captured[key] = places, graph, results
+        except RuntimeError as error:
+            _say("--cuda-graph", f"cannot capture this ({first_line(error)})")
+            self.failed = True
+            for each, state in states:  # a generator that a capture was broken off with takes no set_state
+                fresh = torch.Generator(inputs[0].device)
+                fresh.set_state(state)
+                each.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+class ChainGraphs(Graphs):
+    """Chains as CUDA graphs: those of the plain loop, bit for bit where the kernels are deterministic."""
+
+    def chains(self, loop, x, labels, steps, generator, settings):
         """Return what loop(x, labels, steps) does: the chains' ends (N, ...) and a list of energies (N,), which may be empty.
 
-        settings: whatever else loop depends on, hashable. generator: the torch.Generator that loop draws from, or None for
-        the device's own. A loop that cannot be captured, because it waits for the GPU, runs as it is.
+        settings: whatever else loop depends on, hashable. generator: as in `run`.
         """
         energies = []
         for start in range(0, steps, PIECE):
             count = min(PIECE, steps - start)
             inputs = (x,) if labels is None else (x, labels)
             key = (count, generator, settings, *((part.shape, part.dtype) for part in inputs))
-            if key not in self.captured and not self.failed:
-                self._capture(key, loop, x, labels, count, generator)
-            x, found = (loop if self.failed else self.captured[key])(x, labels, count)
-            energies += found
+
+            def piece(x, labels=None, count=count):
+                return loop(x, labels, count)
+
+            x, found = self.run(key, piece, inputs, generator)
+            x = x.clone()
+            energies += torch.stack(found) if found else []
         return x, energies
-
-    def _capture(self, key, loop, x, labels, steps, generator):
-        """Capture a piece of a chain; where that fails, say so and remember it."""
-        default = torch.cuda.default_generators[x.device.index]
-        generator = generator or default
-        states = [(each, each.get_state()) for each in (default, generator)]
-        try:
-            self.captured[key] = self._graph(loop, x.clone(), None if labels is None else labels.clone(), steps, generator)
-        except RuntimeError as error:
-            _say("--cuda-graph", f"cannot capture the chain ({first_line(error)})")
-            self.failed = True
-        for each, state in states:  # the draws of the warming up are drawn again
-            if self.failed:  # and a generator that a capture was broken off with takes no set_state
-                fresh = torch.Generator(x.device)
-                fresh.set_state(state)
-                each.graphsafe_set_state(fresh.graphsafe_get_state())
-            else:
-                each.set_state(state)
-
-    def _graph(self, loop, static_x, static_labels, steps, generator):
-        """Return a callable (x, labels, steps) that replays loop on copies of its arguments."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            loop(static_x, static_labels, min(steps, 2))  # whatever is set up in a first call, compiling too, is set up here
-        torch.cuda.current_stream().wait_stream(side)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self.pool):
-            ends, energies = loop(static_x, static_labels, steps)
-
-        def replay(x, labels, steps):
-            static_x.copy_(x)
-            if labels is not None:
-                static_labels.copy_(labels)
-            graph.replay()
-            # copies, for the next replay, of whichever graph, overwrites them
-            return ends.clone(), list(torch.stack(energies)) if energies else []
-
-        return replay

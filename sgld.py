@@ -195,7 +195,7 @@ def run_chains(
             x, energies = loop(x, labels, steps)
         else:
             key = (energy, chunk_size, check, *settings.values())
-            x, energies = graphs.run(loop, x, labels, steps, generator, key)
+            x, energies = graphs.chains(loop, x, labels, steps, generator, key)
     if check:
         _check_finite(energies, x)
     return torch.stack(trajectory) if return_trajectory else x
@@ -318,7 +318,9 @@ class GaussianRestart:
         z = torch.randn((len(labels), self.factor.shape[2]), device=labels.device, generator=generator)
         which = labels
         if self.weights.shape[1] > 1:
-            which = labels * self.weights.shape[1] + torch.multinomial(self.weights[labels], 1, generator=generator).squeeze(1)
+            weights = self.weights[labels]  # drawn as torch.multinomial does, without its checks, which cost more than the draw
+            parts = (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(1)
+            which = labels * weights.shape[1] + parts
         x = self._one_by_one(z, which, wanted) if labels.device.type == "cpu" else self._at_once(z, which)
         return x.clamp_(-1, 1).view(-1, *self.shape)
 

@@ -60,7 +60,7 @@ def train(args, dataset, folder, device, resumed=None, max_minutes=None):
     checkpoint = resumed
     best = {name: resumed[name] for name in ("model", "val_cross_entropy")} if resumed else {"val_cross_entropy": math.inf}
     for images, labels in run.batches():
-        run.update(functools.partial(objective, run, run.augmented(images), labels))
+        run.update(run.gradients(functools.partial(objective, run, run.augmented(images), labels)))
 
         if run.epoch_ends():
             val_loss, val_accuracy = evaluate(run.averaged, dataset.val)

@@ -140,6 +140,7 @@ if __name__ == "__main__":
 import shlex
 from argparse import Namespace
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -331,8 +332,14 @@ def iterate(run, buffer, images, labels):
 
     run: training.Training. buffer: ReplayBuffer. images: (N, C, H, W) float, pixels in [-1, 1]; labels: (N,) int64.
     """
+    steps = steps_now(run.settings, run.done)
+    key = (steps, run.rollbacks, buffer.images.data_ptr())  # after a rollback settings and the buffer's memory are others
+    run.update(run.replayed(key, partial(gradients, run, buffer, steps), images, labels))
+
+
+def gradients(run, buffer, steps, images, labels):
+    """Do all of an iteration but the update of the weights; returns what is to be logged, {name: scalar tensor}."""
     args, generator, conditional = run.settings, run.generator, run.args.p_xy_weight > 0
-    steps = steps_now(args, run.done)
 
     slots, starts, chain_labels = buffer.draw(args.chain_batch_size // parallel.ranks(), generator)
     chains = run_chains(
@@ -376,7 +383,7 @@ def iterate(run, buffer, images, labels):
             "chain_age": buffer.ages.float().mean(),
         }
 
-    run.update(objective)
+    return run.gradients(objective)
 
 
 def train(args, dataset, folder, device, classifier=None, resumed=None):

@@ -105,8 +105,9 @@ class Training:
     from, or None. max_minutes: the wall-clock budget, counted from the script's start, or None.
 
     model: the network that is trained. averaged: the one whose weights are kept, an exponential moving average of the
-    trained one's, or that one itself where args.ema_decay is 0. energy_of, graphs: the trained network's energy, for
-    sgld.run_chains, and the CUDA graphs of it that --cuda-graph asks for.
+    trained one's, or that one itself where args.ema_decay is 0. energy_of: the trained network's energy, for
+    sgld.run_chains. iterations, graphs: what --cuda-graph asks for, fast.Graphs of whole iterations or, on several ranks,
+    whose gradients meet, fast.ChainGraphs; or None.
     generator: torch.Generator on the device, the source of every random draw but the first weights and the order of the
     data. Of several ranks (see parallel.py) each has its own generator and takes an equal share of every batch.
     Raises UserError for flags that do not fit the data.
@@ -126,10 +127,16 @@ class Training:
         if weights is not None:
             self.model.load_state_dict(weights)
         self.wrapped = parallel.wrapped(self.model, device)
-        self.energy_of, self.graphs = runs.chain_energy(self.model, device, self.precision), None
+        self.energy_of = runs.chain_energy(self.model, device, self.precision)
+        self.graphs = self.iterations = None
         if phase == "jem":  # the classifier's training runs no chains
             self.energy_of, self.graphs = fast.from_flags(args, self.energy_of, self.model, device)
-        self.optimizer = OPTIMISERS[args.optimizer](self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        if self.graphs and parallel.ranks() == 1:
+            self.graphs, self.iterations = None, fast.Graphs()
+        in_one = {"fused": True} if device.type == "cuda" else {}  # one launch instead of twenty
+        self.optimizer = OPTIMISERS[args.optimizer](
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, **in_one
+        )
         self.ema = MovingAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.seed = parallel.nth_seed(args.seed, parallel.rank())
         self.generator = torch.Generator(device).manual_seed(self.seed)
@@ -253,16 +260,12 @@ class Training:
         with runs.autocast(self.device, self.precision):
             return (module or self.model)(x).float()
 
-    def update(self, objective):
-        """Take one optimiser step, average the weights, and log.
+    def gradients(self, objective):
+        """Give the weights their gradients, and return what is to be logged: {name: scalar tensor}, COLUMNS's names.
 
-        objective: a function that computes the loss and returns it with a dict of scalar tensors to log under COLUMNS's
-        names. With --sam-rho it is called twice, and the step follows the gradient found at the second place (Foret et
-        al., arXiv 2010.01412, equation 3); the values of the first are logged.
+        objective: a function that computes the loss and returns it with that dict. With --sam-rho it is called twice, and the
+        gradient is the one found at the second place (Foret et al., arXiv 2010.01412, equation 3), the dict the first.
         """
-        self.lr = learning_rate(self.settings, self.step, self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)
         loss, values = objective()
         loss.backward()
@@ -272,6 +275,29 @@ class Training:
                 objective()[0].backward()
         if self.args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        return {name: value.detach() for name, value in values.items()}
+
+    def replayed(self, key, work, images, labels):
+        """Return work(images, labels), which ends in `gradients`, from a CUDA graph where --cuda-graph asks for it.
+
+        key: hashable, of all that work depends on besides images, labels, generator and weights.
+        """
+        if self.iterations is None:
+            return work(images, labels)
+
+        def whole(images, labels):
+            return work(images, labels), [parameter.grad for parameter in self.model.parameters()]
+
+        values, found = self.iterations.run(key, whole, (images, labels), self.generator)
+        for parameter, gradient in zip(self.model.parameters(), found, strict=True):
+            parameter.grad = gradient
+        return values
+
+    def update(self, values):
+        """Take one optimiser step along the weights' gradients, average the weights, and log the values."""
+        self.lr = learning_rate(self.settings, self.step, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.model)

@@ -48,6 +48,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument("--jobs", type=cli.positive_int, default=1, help="trainings at once, the processor's cores shared out")
     parser.add_argument("--save-minutes", type=cli.positive, default=0.5, help="minutes between two points of the curve")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, of trainings and measurements")
     parser.add_argument("--quick", action="store_true", help="fewer chains and weaker attacks at the end of each run")
     parser.add_argument("--kmnist", metavar="FILE", help=".npz of KMNIST test images, for --test")
     parser.add_argument("--test", action="store_true", help="measure the end of each run on the test set")
@@ -72,7 +73,7 @@ def train(args, name, flags, seed, cores):
     command = [
         sys.executable, str(ROOT / "train_jem.py"), "--dataset", args.dataset, "--data-dir", args.data_dir,
         "--seed", str(seed), "--max-minutes", str(args.minutes), "--save-minutes", str(args.save_minutes),
-        "--out-dir", str(folder), *shlex.split(flags),
+        "--device", args.device, "--out-dir", str(folder), *shlex.split(flags),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     checkpoint, kept, seen, last = folder / "jem.pt", [], None, time.monotonic()
@@ -107,8 +108,9 @@ def judge(path, dataset, part, network, sizes, sets):
     import runs
     from models import energy, predict
 
-    checkpoint = runs.load_checkpoint(path, "jem")
-    model, split = runs.load_model(checkpoint, "cpu").eval(), getattr(dataset, part)
+    device = next(network.parameters()).device
+    checkpoint = runs.load_checkpoint(path, "jem", device)
+    model, split = runs.load_model(checkpoint, device).eval(), getattr(dataset, part).to(device)
     logits = predict(model, split.images)
     calibration = metrics.calibration(logits, split.labels)
     row = {
@@ -116,16 +118,17 @@ def judge(path, dataset, part, network, sizes, sets):
         "rollbacks": checkpoint["training"]["rollbacks"],
         "accuracy": float((logits.argmax(1) == split.labels).double().mean()), "ece": calibration["ece"],
     }  # fmt: skip
-    generator, most = torch.Generator().manual_seed(0), min(len(split.labels), len(checkpoint["buffer"]["labels"]))
-    train = dataset.train.images[torch.randperm(len(dataset.train.labels), generator=generator)]
+    generator, buffer = torch.Generator(device).manual_seed(0), checkpoint["buffer"]["images"]
+    most = min(len(split.labels), len(buffer))
+    train = dataset.train.images[torch.randperm(len(dataset.train.labels), device=device, generator=generator).cpu()]
     reference = chain_quality.features_of(network, split.images)
-    chosen = torch.randperm(len(checkpoint["buffer"]["labels"]), generator=generator)
+    chosen = torch.randperm(len(buffer), device=device, generator=generator)
     for kind, steps in (("buffer", 0), ("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
         count = min(sizes[kind], most, len(train))
         if not count:
             continue
         if kind == "buffer":
-            images = checkpoint["buffer"]["images"][chosen[:count]]
+            images = buffer[chosen[:count]]
         else:
             images = chain_quality.fresh_chains(checkpoint, model, count, steps, generator)
         floor = metrics.frechet_distance(chain_quality.features_of(network, train[:count]), reference)
@@ -133,11 +136,11 @@ def judge(path, dataset, part, network, sizes, sets):
         found = chain_quality.compare(network, features, reference, floor, dataset.num_classes)
         row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]
     inside = energy(logits)
-    row["energy gap"] = float(energy(predict(model, checkpoint["buffer"]["images"][: POINT["buffer"]])).mean() - inside.mean())
+    row["energy gap"] = float(energy(predict(model, buffer[: POINT["buffer"]])).mean() - inside.mean())
     for label, name in sets.items():
-        images, _ = data.load_ood(name, split.images, "", 10_000, torch.Generator().manual_seed(0))
+        images, _ = data.load_ood(name, split.images.cpu(), "", 10_000, torch.Generator().manual_seed(0))
         scores = torch.cat([inside, energy(predict(model, images))])
-        row[f"ood {label}"] = float(roc_auc_score([0] * len(inside) + [1] * len(images), scores.numpy()))
+        row[f"ood {label}"] = float(roc_auc_score([0] * len(inside) + [1] * len(images), scores.cpu().numpy()))
     images, labels = (tensor[: sizes["attacked"]] for tensor in split)
     settings = {"seed": 0, "steps": sizes["attack_steps"], "restarts": sizes["restarts"]}
     for norm, radius in ATTACKS.items():
@@ -185,15 +188,15 @@ def main(argv=None):
     with ThreadPoolExecutor(args.jobs) as pool:
         trained = sorted(itertools.chain.from_iterable(pool.map(work, range(args.jobs))))
 
-    import torch
     from tqdm import tqdm
 
     import chain_quality
     import data
     import plots
+    import runs
 
     dataset = data.load(args.dataset, args.data_dir)
-    network = chain_quality.feature_network(dataset, folder, torch.device("cpu"))
+    network = chain_quality.feature_network(dataset, folder, runs.pick_device(args.device))
     sets = {part: {name: args.kmnist if name == "kmnist" else name for name in names} for part, names in OOD.items()}
     if not args.kmnist:
         del sets["test"]["kmnist"]

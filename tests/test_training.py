@@ -41,7 +41,7 @@ def test_batches_come_in_epochs_with_noise_of_the_given_size(tmp_path, digits):
         seen.append(order)
         assert torch.equal(images, digits.train.images[order])
         noise.append(run.noisy(images) - images)
-        run.update(lambda: (run.model(images).sum() * 0, {}))  # noqa: B023
+        run.update(run.gradients(lambda: (run.model(images).sum() * 0, {})))  # noqa: B023
     assert len(seen) == 12 and len(torch.cat(seen).unique()) == 1200
     noise = torch.cat(noise)
     assert abs(noise.std() / 0.5 - 1) < 5 * (2 * noise.numel()) ** -0.5
@@ -63,7 +63,7 @@ def test_a_budget_of_minutes_ends_a_run_with_the_schedule_complete(tmp_path, dig
     monkeypatch.setattr(run, "minutes", lambda: next(clock) / 2)
     rates = []
     for images, _ in run.batches():
-        run.update(lambda: (run.model(images).square().mean(), {}))  # noqa: B023
+        run.update(run.gradients(lambda: (run.model(images).square().mean(), {})))  # noqa: B023
         rates.append(run.lr)
     assert len(rates) == 20 and rates[-1] < 0.05 * max(rates) and run.done == 1
 
@@ -92,7 +92,7 @@ def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
     run = make_run(tmp_path, digits, "--ema-decay", "0.3", "--epochs", "1")
     bias, expected = run.model.head.bias, 0
     for decay, _ in zip((0, 2 / 11, 3 / 12, 0.3, 0.3), run.batches(), strict=False):  # it begins with the first weights
-        run.update(lambda: (bias.sum(), {}))
+        run.update(run.gradients(lambda: (bias.sum(), {})))
         expected = decay * expected + (1 - decay) * bias.detach()
     torch.testing.assert_close(run.averaged.head.bias.detach(), expected)
     assert make_run(tmp_path, digits, "--ema-decay", "0").averaged.__class__.__name__ == "SmallCNN"
@@ -101,7 +101,7 @@ def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
 def test_the_norm_of_the_weight_gradient_is_clipped(tmp_path, digits):
     run = make_run(tmp_path, digits, "--max-grad-norm", "0.5", "--optimizer", "sgd", "--epochs", "1")
     for images, _ in zip(run.batches(), range(1), strict=False):
-        run.update(lambda: (1000 * run.model(images[0]).square().sum(), {}))  # noqa: B023
+        run.update(run.gradients(lambda: (1000 * run.model(images[0]).square().sum(), {})))  # noqa: B023
     norm = sum(parameter.grad.square().sum() for parameter in run.model.parameters()) ** 0.5
     assert norm == pytest.approx(0.5, rel=1e-4)
 
@@ -120,7 +120,7 @@ def test_sharpness_aware_steps_follow_the_gradient_found_up_the_loss(tmp_path, d
         return (scale * weight.square()).sum() / 2, {"accuracy": torch.tensor(float(len(calls)))}
 
     for _ in zip(range(1), run.batches(), strict=False):
-        run.update(objective)
+        run.update(run.gradients(objective))
     torch.testing.assert_close(torch.stack(calls), torch.stack([start, higher]))
     torch.testing.assert_close(weight.detach(), start - run.lr * scale * higher)
     assert run.log.sums["accuracy"] == 1  # what is logged is the loss before the climb
