@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv2d, pad, pixel_unshuffle
+from torch.nn.functional import conv2d, linear, pad, pixel_unshuffle
 
 from sgld import frozen
 
@@ -148,6 +148,27 @@ def windows(x, size, stride):
     return padded.as_strided(shape, strides).reshape(-1, size * size * channels), (rows, columns)
 
 
+class FlattenLast(nn.Flatten):
+    """Flatten maps with the channels last, as they lie in memory: nn.Flatten would copy them there and back."""
+
+    def forward(self, x):
+        """Map x: (N, C, H, W) to (N, H * W * C)."""
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class MapHead(nn.Linear):
+    """A linear layer on maps that `FlattenLast` has flattened; its weights lie as for nn.Flatten, (K, C * H * W)."""
+
+    def __init__(self, channels, size, num_classes):
+        super().__init__(channels * size * size, num_classes)
+        self.channels = channels
+
+    def forward(self, x):
+        """Map x: (N, H * W * C) to logits (N, K)."""
+        weight = self.weight.unflatten(1, (self.channels, -1)).transpose(1, 2).flatten(1)
+        return linear(x, weight, self.bias)
+
+
 class SmallCNN(nn.Module):
     """A plain convolutional network: a first layer, then `depth` strided 4x4 ones that double width and halve the map.
 
@@ -164,8 +185,8 @@ class SmallCNN(nn.Module):
         for stage in range(depth):
             layers += [HalvingConv(width << stage, width << (stage + 1)), nn.SiLU()]
             size //= 2
-        self.features = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear((width << depth) * size * size, num_classes)
+        self.features = nn.Sequential(*layers, FlattenLast())
+        self.head = MapHead(width << depth, size, num_classes)
 
     def forward(self, x):
         """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""

@@ -65,7 +65,7 @@ from tqdm import tqdm
 import fast
 import plots
 import runs
-from models import BlockStem, HalvingConv, build_model, energy
+from models import BlockStem, FlattenLast, HalvingConv, MapHead, build_model, energy
 from sgld import energy_and_gradient, frozen, run_chains
 
 
@@ -102,7 +102,7 @@ def methods(model, device, args):
         del energies["ours, float32"]
         graphs = fast.ChainGraphs()
         ours |= {f"{name}, CUDA graph": chains_of(energy_of, model, graphs) for name, energy_of in energies.items()}
-    plain = by_the_library(model, (BlockStem, HalvingConv)).to(memory_format=torch.contiguous_format)
+    plain = by_the_library(model, (BlockStem, HalvingConv, FlattenLast, MapHead)).to(memory_format=torch.contiguous_format)
     return {
         **ours,
         "the paper's": lambda x, steps: paper_chains(plain, x, steps),
@@ -132,11 +132,11 @@ def loop(energy_and_slope, model, one_call=False, in_place=False):
 
 
 def by_the_library(model, kind):
-    """Return a copy of a network whose layers of a kind, itself a convolution, or of several, are torch's own convolution."""
+    """Return a copy of a network whose layers of one of our kinds, or of several, are those of torch that they derive from."""
     copied = copy.deepcopy(model)
     for layer in copied.modules():
         if isinstance(layer, kind):
-            layer.__class__ = torch.nn.Conv2d  # with the weights as they lie in memory, on the device where they are
+            layer.__class__ = type(layer).__base__  # with the weights as they lie in memory, on the device where they are
     return copied
 
 
