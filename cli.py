@@ -292,11 +292,12 @@ def add_speed_flags(group):
     """Add --compile and --cuda-graph, of fast.py, to a group."""
     group.add_argument(
         "--compile", action="store_true",
-        help="compile the energy and its gradient for the chains; takes up to a minute, and goes on without where it fails",
+        help="compile the chains' Langevin step; takes up to a minute, and goes on without where it fails",
     )  # fmt: skip
     group.add_argument(
         "--cuda-graph", action="store_true",
-        help="capture the chains as a CUDA graph and replay it; goes on without where that fails, and where there is no GPU",
+        help="capture the chains, in a training whole iterations, as CUDA graphs and replay them; goes on without where that "
+        "fails, and where there is no GPU",
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="a jem.pt for the memory of sample.py; without it one is trained on the digits"
     )
+    cli.add_speed_flags(parser)
     parser.add_argument("--out-dir", default="results/costs", help="folder that receives everything the script writes")
     return parser.parse_args(argv)
 
@@ -53,21 +54,23 @@ COUNTS = (100, 1000, 10_000, 100_000)  # images that sample.py draws
 STARTS = 5
 
 
-def iteration_costs(device):
+def iteration_costs(device, speed_flags):
     """Return {axis: [[value, milliseconds]]}: an iteration of training against K, batch and image size, the rest held."""
     base = {"steps": cli.PRESETS["mnist"]["steps"], "batch": 64, "size": 28}
-    return {axis: [[value, iteration_cost(device, **{**base, axis: value})] for value in AXES[axis]] for axis in AXES}
+    return {
+        axis: [[value, iteration_cost(device, speed_flags, **{**base, axis: value})] for value in AXES[axis]] for axis in AXES
+    }
 
 
-def iteration_cost(device, steps, batch, size):
+def iteration_cost(device, speed_flags, steps, batch, size):
     """Return the milliseconds, median of 7, of an iteration of the MNIST preset's training on random images.
 
-    Of batch images, and chains in the preset's proportion.
+    Of batch images, and chains in the preset's proportion. speed_flags: --compile and --cuda-graph, or none of them.
     """
     preset = cli.PRESETS["mnist"]
     chains = max(1, batch * preset["chain_batch_size"] // preset["batch_size"])
     flags = ["--dataset", "mnist", "--from-scratch", "--steps", str(steps), "--batch-size", str(batch)]
-    args = train_jem.parse_args([*flags, "--chain-batch-size", str(chains), "--buffer-size", "2000"])
+    args = train_jem.parse_args([*flags, "--chain-batch-size", str(chains), "--buffer-size", "2000", *speed_flags])
     split = data.Split(2 * torch.rand(1024, 1, size, size) - 1, torch.arange(1024) % 10)
     dataset = data.Dataset("mnist", 10, split, split, split)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +83,8 @@ def iteration_cost(device, steps, batch, size):
         def iteration():
             train_jem.iterate(run, buffer, images, labels)
 
-        iteration()
+        for _ in range(3):
+            iteration()  # warms up: what is compiled is so in the first, what is captured in the second
         return 1000 * statistics.median(seconds(iteration, device) for _ in range(7))
 
 
@@ -127,7 +131,7 @@ def measure(args, device):
             checkpoint = str(Path(folder) / "jem.pt")
             train_jem.main(["--dataset", "digits", "--from-scratch", "--epochs", "1", "--out-dir", folder])
         return {
-            "iteration": iteration_costs(device),
+            "iteration": iteration_costs(device, ["--compile"] * args.compile + ["--cuda-graph"] * args.cuda_graph),
             "memory": sampling_memory(checkpoint, folder),
             "start": starting_times(args, folder),
         }

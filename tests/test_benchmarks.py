@@ -94,7 +94,7 @@ def test_the_candidates_for_a_cheaper_step_give_the_same_chains(sgld_speed):
 
 
 def test_an_iterations_cost_grows_with_its_steps(costs):
-    few, many = (costs.iteration_cost(torch.device("cpu"), steps, 64, 16) for steps in (1, 40))
+    few, many = (costs.iteration_cost(torch.device("cpu"), [], steps, 64, 16) for steps in (1, 40))
     assert 0 < few < many
 
 
