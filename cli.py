@@ -295,9 +295,9 @@ def add_speed_flags(group):
         help="compile the chains' Langevin step; takes up to a minute, and goes on without where it fails",
     )  # fmt: skip
     group.add_argument(
-        "--cuda-graph", action="store_true",
+        "--cuda-graph", action=argparse.BooleanOptionalAction, default=None,
         help="capture the chains, in a training whole iterations, as CUDA graphs and replay them; goes on without where that "
-        "fails, and where there is no GPU",
+        "fails; the default on a GPU, but for several processes",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import parallel
 from cli import first_line
 from sgld import chain_step, frozen
 
@@ -22,7 +23,8 @@ def from_flags(args, energy_of, module, device):
 
     energy_of: callable as run_chains wants it. module: the torch.nn.Module behind it. device: torch.device of the chains.
     """
-    graphs = ChainGraphs() if args.cuda_graph and device.type == "cuda" else None
+    wanted = parallel.ranks() == 1 if args.cuda_graph is None else args.cuda_graph
+    graphs = ChainGraphs() if wanted and device.type == "cuda" else None
     if args.cuda_graph and graphs is None:
         _say("--cuda-graph", "that needs a CUDA device")
     return Compiled(energy_of, module) if args.compile else energy_of, graphs

@@ -338,7 +338,11 @@ def iterate(run, buffer, images, labels):
 
 
 def gradients(run, buffer, steps, images, labels):
-    """Do all of an iteration but the update of the weights; returns what is to be logged, {name: scalar tensor}."""
+    """Do all of an iteration but the update of the weights, whose gradients it leaves with them.
+
+    steps: Langevin steps of the chains; the rest: as in `iterate`. Nothing here waits for a GPU, so that it can be captured.
+    Returns what is to be logged, {name: scalar tensor}.
+    """
     args, generator, conditional = run.settings, run.generator, run.args.p_xy_weight > 0
 
     slots, starts, chain_labels = buffer.draw(args.chain_batch_size // parallel.ranks(), generator)

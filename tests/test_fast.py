@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fast
+import parallel
 import runs
 import train_jem
 from models import build_model, joint_energy
@@ -81,6 +82,16 @@ def test_without_a_gpu_the_plain_chain_runs_and_a_line_says_so(capsys):
     plain = runs.chain_energy(model, CPU, "float32")
     assert fast.from_flags(args, plain, model, CPU) == (plain, None)
     assert capsys.readouterr().err == "--cuda-graph: that needs a CUDA device; going on without\n"
+    assert fast.from_flags(Namespace(compile=False, cuda_graph=None), plain, model, CPU) == (plain, None)
+    assert capsys.readouterr().err == ""
+
+
+def test_graphs_are_the_default_on_one_gpu_and_not_on_several(monkeypatch):
+    gpu = torch.device("cuda")
+    for flag, ranks, used in ((None, 1, True), (None, 2, False), (True, 2, True), (False, 1, False)):
+        monkeypatch.setattr(parallel, "ranks", lambda ranks=ranks: ranks)
+        _, graphs = fast.from_flags(Namespace(compile=False, cuda_graph=flag), None, None, gpu)
+        assert (graphs is not None) == used
 
 
 def test_bf16_chains_stay_beside_float32_ones():
@@ -146,7 +157,7 @@ def test_a_replayed_chain_that_stops_being_finite_is_found_with_its_step():
 @pytest.mark.parametrize("more", [[], ["--p-xy-weight", "0.1"], ["--sam-rho", "0.05", "--max-grad-norm", "1"]])
 def test_a_replayed_iteration_is_the_plain_one_after_a_rollback_too(tmp_path, digits, more):
     found = []
-    for flags in ([], ["--cuda-graph"]):
+    for flags in (["--no-cuda-graph"], ["--cuda-graph"]):
         args = train_jem.parse_args(
             ["--dataset", "digits", "--restart-parts", "3", "--clean-share", "0.5", "--adversarial-eps", "0.1",
              "--augment", "1", "--first-steps", "2", "--steps", "3", "--precision", "float32", "--optimizer", "sgd",
