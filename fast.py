@@ -55,36 +55,34 @@ class Compiled:
         """Return what takes the steps of one run of chains: a callable like sgld.chain_step with these settings."""
         plain, made = partial(chain_step, self, **settings), {}  # made: the compiled steps with what they need of the weights
 
-        def step(x, noise, labels=None):
-            inputs = [part for part in (x, noise, labels) if part is not None]
-            key = (*settings.values(), *((part.shape, part.dtype, part.stride()) for part in inputs))
+        def step(x, noise=None, labels=None):
+            given = {name: part for name, part in (("x", x), ("noise", noise), ("labels", labels)) if part is not None}
+            layout = ((name, part.shape, part.dtype, part.stride()) for name, part in given.items())
+            key = (*settings.values(), *layout)
             if key not in self.fast and not self.failed:
-                self._compile(key, plain, x, noise, labels)
+                self._compile(key, plain, given)
             if self.failed:
-                return plain(x, noise, labels)
+                return plain(**given)
             weights_of, rest = self.fast[key]
             with torch.no_grad():
                 if key not in made:
                     made[key] = weights_of()
-                return rest(*inputs, *made[key])
+                return rest(*given.values(), *made[key])
 
         return step
 
-    def _compile(self, key, plain, x, noise, labels):
-        """Compile the step of such inputs; where that fails, say so and remember it."""
-        places = [place for place, part in enumerate((x, noise, labels)) if part is not None]
+    def _compile(self, key, plain, given):
+        """Compile the step of such inputs, {name: tensor}; where that fails, say so and remember it."""
 
-        def step(*inputs):
-            given = dict(zip(places, inputs, strict=True))
-            return plain(*(given.get(place) for place in range(3)))
+        def step(*values):
+            return plain(**dict(zip(given, values, strict=True)))
 
-        inputs = [part for part in (x, noise, labels) if part is not None]
         try:
             with frozen(self.module):
-                weights_of, rest = _split(make_fx(step)(*inputs))
+                weights_of, rest = _split(make_fx(step)(*given.values()))
                 rest = torch.compile(rest, dynamic=False)
                 with torch.no_grad():
-                    rest(*inputs, *weights_of())
+                    rest(*given.values(), *weights_of())
             self.fast[key] = weights_of, rest
         except Exception as error:  # no C++ compiler, no Triton, an operation that it does not know: each raises its own
             _say("--compile", f"cannot compile here ({first_line(error)})")

@@ -114,7 +114,7 @@ def langevin_step(
     return new
 
 
-def chain_step(energy, x, noise, labels=None, *, step_size, noise_std, noise_first, pixel_grad_clip, clamp):
+def chain_step(energy, x, noise=None, labels=None, *, step_size, noise_std, noise_first, pixel_grad_clip, clamp):
     """Take one step of `run_chains`, with eps given: returns the energies (N,) where the gradient is taken, and the new x.
 
     energy, x, labels: as in `energy_and_gradient`. noise: eps, shaped like x, or None where noise_std is 0. The rest: as in

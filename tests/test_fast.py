@@ -1,6 +1,7 @@
 """Compiled energies, CUDA graphs and bf16: the chain is the plain one, and where they are not to be had it goes on."""
 
 from argparse import Namespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_a_traced_energy_gives_the_same_chain_of_every_network_and_class(monkeyp
         assert_near(chain_of(compiled, model, labels=labels), chain_of(plain, model, labels=labels))
         assert_near(chain_of(compiled, model, labels=labels, chunk_size=3), chain_of(plain, model, labels=labels))
         assert not compiled.failed
+
+
+def test_what_a_step_makes_of_the_weights_alone_is_made_once_a_chain(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda traced, **_: traced)
+    model = small_cnn()
+    compiled = fast.Compiled(runs.chain_energy(model, CPU, "bf16"), model)
+    chain_of(compiled, model)
+    ((key, (weights_of, rest)),) = compiled.fast.items()
+    assert {weight.dtype for weight in weights_of()} == {torch.bfloat16}  # the casts are among it
+    counted = Mock(wraps=weights_of)
+    compiled.fast[key] = counted, rest
+    chain_of(compiled, model, steps=5)
+    assert counted.call_count == 1
 
 
 def test_an_energy_that_cannot_be_compiled_goes_on_as_it_is_and_says_so_once(monkeypatch, capsys):
