@@ -16,7 +16,8 @@ import plots
 import runs
 import train_classifier
 from models import predict
-from sgld import restart_from_state, run_chains
+from restarts import restart_from_state
+from sgld import run_chains
 
 FEATURE_SEED = 1_000_003  # of the independent classifier: no training here uses it
 LONG_STEPS = (10, 30, 100, 300, 1000, 3000, 10_000)

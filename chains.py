@@ -14,7 +14,8 @@ import parallel
 import runs
 from cli import UserError
 from models import energy, joint_energy, mixture_energy, path_energy, predict
-from sgld import add_noise, restart_from_state, run_chains
+from restarts import restart_from_state
+from sgld import add_noise, run_chains
 
 PARTS = ("left", "right", "top", "bottom", "centre")
 GRID_CHAINS = 400  # a picture holds no more, so that memory does not grow with --num

@@ -34,7 +34,7 @@ import torch
 
 import runs
 from cli import UserError
-from sgld import restart_from_state
+from restarts import restart_from_state
 
 
 def small(checkpoint, parts, rank, chains):

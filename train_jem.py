@@ -149,18 +149,18 @@ from torch.nn.functional import cross_entropy
 import data
 import parallel
 import plots
+import restarts
 import runs
 import train_classifier
 from attacks import single_step
 from cli import UserError
 from guard import Guard, largest_gap, roll_back, snapshot
 from models import energy, joint_energy, predict
-from sgld import GaussianRestart, UniformRestart, run_chains
+from sgld import run_chains
 from training import Training
 
 OUTPUTS = ("jem.pt", "samples.png", "grids", "curves.png", "metrics.csv", "config.json")
 GRID_CHAINS = 64
-CLUSTER_SIZE = 50  # images, on average, at least
 PRETRAINING_SHARE = 0.2  # of --max-minutes, at most
 
 
@@ -176,7 +176,7 @@ class ReplayBuffer:
     labels: (size,) int64, the class that a chain was started from, and that class-conditional chains keep.
     ages: (size,) int64, Langevin steps since the restart.
 
-    >>> buffer = ReplayBuffer(100, UniformRestart((1, 8, 8), num_classes=10), reinit_prob=0.05)
+    >>> buffer = ReplayBuffer(100, restarts.UniformRestart((1, 8, 8), num_classes=10), reinit_prob=0.05)
     >>> slots, images, labels = buffer.draw(16)
     >>> buffer.put(slots, run_chains(lambda x: x.square().sum((1, 2, 3)), images, 20, 0.1, 0.01), steps=20)
     >>> int((buffer.ages == 20).sum())
@@ -268,36 +268,6 @@ def energy_regulariser(energy_positive, energy_negative):
     tensor(6.)
     """
     return energy_positive.square().mean() + energy_negative.square().mean()
-
-
-def make_restart(args, dataset, device):
-    """Fit the restart distribution that --restart names."""
-    if args.restart == "uniform":
-        return UniformRestart(dataset.shape, dataset.num_classes)
-    images, labels = dataset.train
-    parts = clusters(images, labels, args.restart_parts, args.seed).to(device) if args.restart_parts > 1 else None
-    return GaussianRestart.fit(images.to(device), labels.to(device), dataset.num_classes, args.restart_rank, parts)
-
-
-def clusters(images, labels, count, seed):
-    """Cut each class into `count` clusters by k-means on its leading principal components; returns (N,) int64 in 0..count-1.
-
-    images: (N, C, H, W) float; labels: (N,) int64. A class has a cluster for each CLUSTER_SIZE of its images at most, so that
-    no start is a training image.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-
-    parts = torch.zeros_like(labels)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        flat = images[members].flatten(1).numpy()
-        # three power iterations find what seven do: of MNIST's zeros 81.9 % of the variance, in half the time
-        leading = PCA(min(30, *flat.shape), iterated_power=3, random_state=seed).fit_transform(flat)
-        most = max(len(members) // CLUSTER_SIZE, 1)
-        found = KMeans(min(count, most), n_init=1, random_state=seed).fit_predict(leading)
-        parts[members] = torch.from_numpy(found).long()
-    return parts
 
 
 def sgld_settings(args):
@@ -400,7 +370,7 @@ def train(args, dataset, folder, device, classifier=None, resumed=None):
     """
     run = Training(args, dataset, folder, "jem", device, weights=classifier, resumed=resumed, max_minutes=args.max_minutes)
     buffer = ReplayBuffer(
-        args.buffer_size, make_restart(args, dataset, device), args.reinit_prob, device,
+        args.buffer_size, restarts.from_flags(args, dataset, device), args.reinit_prob, device,
         torch.Generator(device).manual_seed(args.seed + 1), args.long_chains, args.long_share,
     )  # fmt: skip
     checkpoint = resumed

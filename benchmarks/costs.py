@@ -46,7 +46,7 @@ import data
 import plots
 import runs
 import train_jem
-from sgld import UniformRestart
+from restarts import UniformRestart
 from training import Training
 
 AXES = {"steps": [1, 5, 10, 20, 40], "batch": [16, 64, 256, 512], "size": [16, 28, 32, 48, 64]}

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from models import energy
-from sgld import UniformRestart, run_chains
+from restarts import UniformRestart
+from sgld import run_chains
 from train_jem import ReplayBuffer, energy_loss
 
 STEP_SIZE = 4e-4

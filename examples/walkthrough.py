@@ -23,7 +23,8 @@ import data
 import metrics
 import plots
 from models import build_model, energy, joint_energy, predict
-from sgld import GaussianRestart, UniformRestart, run_chains
+from restarts import GaussianRestart, UniformRestart
+from sgld import run_chains
 from train_jem import ReplayBuffer, energy_loss, energy_regulariser
 
 ITERATIONS = int(os.environ.get("ITERATIONS", "1500"))

@@ -7,11 +7,12 @@ import pytest
 import attacks
 import metrics
 import models
+import restarts
 import sgld
 import train_jem
 
 OBJECTS = [
-    *(sgld.run_chains, sgld.GaussianRestart, models.energy, models.joint_energy, models.mixture_energy, models.path_energy),
+    *(sgld.run_chains, restarts.GaussianRestart, models.energy, models.joint_energy, models.mixture_energy, models.path_energy),
     *(train_jem.ReplayBuffer, train_jem.energy_loss, train_jem.energy_regulariser, attacks.pgd),
     *(metrics.calibration, metrics.detection, metrics.frechet_distance),
 ]

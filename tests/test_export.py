@@ -9,7 +9,7 @@ import cli
 import export
 import runs
 import sample
-from sgld import GaussianRestart, restart_from_state
+from restarts import GaussianRestart, restart_from_state
 
 
 def test_a_small_checkpoint_has_the_model_the_restarts_and_some_chains(tiny_run, checkpoint, digits, tmp_path, capsys):

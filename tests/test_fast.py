@@ -9,6 +9,7 @@ from torch import nn
 
 import fast
 import parallel
+import restarts
 import runs
 import train_jem
 from models import build_model, joint_energy
@@ -179,7 +180,7 @@ def test_a_replayed_iteration_is_the_plain_one_after_a_rollback_too(tmp_path, di
         )  # fmt: skip
         device = torch.device("cuda")
         run = Training(args, digits, tmp_path, "jem", device)
-        restart = train_jem.make_restart(args, digits, device)
+        restart = restarts.from_flags(args, digits, device)
         buffer = train_jem.ReplayBuffer(500, restart, 0.1, device, torch.Generator(device).manual_seed(1))
         for number, (images, labels) in zip(range(9), run.batches(), strict=False):
             run.done = number / 9  # from two to three steps

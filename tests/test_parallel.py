@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import runs
 import train_jem
-from sgld import UniformRestart
+from restarts import UniformRestart
 from train_jem import ReplayBuffer
 
 # No draw of its own is left to a process: the chains of an iteration are all of the buffer, and nothing has noise.

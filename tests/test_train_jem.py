@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import TINY
 
+import restarts
 import runs
 import train_classifier
 import train_jem
 from models import energy, joint_energy
-from sgld import GaussianRestart, UniformRestart
+from restarts import GaussianRestart, UniformRestart
 from train_jem import ReplayBuffer, energy_loss, energy_regulariser
 from training import Training
 
@@ -116,7 +117,7 @@ def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monke
          "--adversarial-eps", "0", *hard]
     )  # fmt: skip
     run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
-    buffer = ReplayBuffer(args.buffer_size, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
+    buffer = ReplayBuffer(args.buffer_size, restarts.from_flags(args, digits, "cpu"), 0.0, generator=generator())
     logged = {}
 
     def gradients(objective):
@@ -158,7 +159,7 @@ def test_the_steps_go_evenly_from_the_first_to_the_last_and_given_alone_stay():
 def test_a_chain_is_run_for_the_steps_of_the_moment(tmp_path, digits):
     args = train_jem.parse_args([*TINY, "--first-steps", "1", "--steps", "3", "--batch-size", "8"])
     run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
-    buffer = ReplayBuffer(64, train_jem.make_restart(args, digits, "cpu"), 0.0, generator=generator())
+    buffer = ReplayBuffer(64, restarts.from_flags(args, digits, "cpu"), 0.0, generator=generator())
     ages = [0]
     for run.done in (0.0, 0.5, 1.0):
         train_jem.iterate(run, buffer, digits.train.images[:8], digits.train.labels[:8])
@@ -184,7 +185,7 @@ def test_chains_in_training_leave_the_modes_and_the_gradients_of_the_network(tmp
     run = Training(train_jem.parse_args(TINY), digits, tmp_path, "jem", torch.device("cpu"))
     run.model.features[0].eval()
     modes = [part.training for part in run.model.modules()]
-    buffer = ReplayBuffer(100, train_jem.make_restart(run.args, digits, "cpu"), 0.0, generator=generator())
+    buffer = ReplayBuffer(100, restarts.from_flags(run.args, digits, "cpu"), 0.0, generator=generator())
     for images, labels in zip(digits.train.images.split(64), digits.train.labels.split(64), strict=True):
         run.lr = run.done = run.began = 0
         run.bar = None
@@ -292,14 +293,3 @@ def test_divergence_is_named_with_its_iteration(tmp_path, capsys):
         train_jem.main([*TINY, "--from-scratch", *flags, "--out-dir", str(tmp_path)])
     assert caught.value.code == 1
     assert re.search(r"^error: training diverged at iteration \d+: .* not finite .*--lr", capsys.readouterr().err)
-
-
-def test_clusters_cut_a_class_by_what_its_images_look_like():
-    images = torch.randn(210, 1, 4, 4) * 0.01 + torch.tensor([-0.5, 0.5]).repeat(105)[:, None, None, None]
-    labels = torch.zeros(210, dtype=torch.int64)
-    labels[-4:] = 1
-    parts = train_jem.clusters(images, labels, 2, seed=0)
-    first = parts[:206]
-    assert len(first[::2].unique()) == len(first[1::2].unique()) == 1 and first[0] != first[1]
-    parts = train_jem.clusters(images, labels, 10, seed=0)  # few images have few clusters: no start is a training image
-    assert len(parts[:206].unique()) == 4 and len(parts[-4:].unique()) == 1

@@ -1,0 +1,121 @@
+"""Restart distributions: what they draw, how often, and that they survive their state."""
+
+import pytest
+import torch
+
+import restarts
+from restarts import GaussianRestart, UniformRestart, restart_from_state
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_uniform_restarts_fill_the_pixel_range():
+    restart = UniformRestart((1, 4, 4), 10)
+    x = restart.draw(torch.zeros(1000, dtype=torch.int64), generator())
+    assert x.shape == (1000, 1, 4, 4) and x.min() >= -1 and x.max() <= 1
+    assert abs(x.mean()) < 5 * (1 / 3 / x.numel()) ** 0.5
+    assert abs(x.var() - 1 / 3) < 5 * (4 / 45 / x.numel()) ** 0.5
+
+
+def test_gaussian_restarts_have_the_mean_and_covariance_of_their_class():
+    truth = torch.tensor([[0.05, 0.03], [0.03, 0.04]]) / 4
+    factor = torch.linalg.cholesky(truth)
+    means = torch.tensor([[-0.3, 0.2], [0.4, 0.0]])
+    labels = torch.arange(2).repeat_interleave(5000)
+    images = (means[labels] + torch.randn(10_000, 2, generator=generator()) @ factor.T).view(-1, 1, 1, 2)
+    restart = GaussianRestart.fit(images, labels, 2)
+    for label in range(2):
+        drawn = restart.draw(torch.full((20_000,), label), generator(1)).flatten(1)
+        torch.testing.assert_close(drawn.mean(0), means[label], atol=0.01, rtol=0)
+        torch.testing.assert_close(torch.cov(drawn.T), truth, atol=0.001, rtol=0)
+
+
+def test_a_low_rank_gaussian_keeps_the_directions_of_largest_variance():
+    x = torch.randn(4000, 3, generator=generator()) * torch.tensor([0.2, 0.001, 0.1])
+    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), torch.zeros(4000, dtype=torch.int64), 1, rank=2)
+    drawn = restart.draw(torch.zeros(4000, dtype=torch.int64), generator(1)).flatten(1)
+    torch.testing.assert_close(drawn.std(0), torch.tensor([0.2, 0.0, 0.1]), atol=0.01, rtol=0)
+
+
+def test_the_leading_directions_of_many_coordinates_are_found_without_their_covariance():
+    state = torch.random.get_rng_state()
+    hidden = torch.randn(300, 2, generator=generator()) * torch.tensor([3.0, 1.0])
+    directions = torch.linalg.qr(torch.randn(1200, 2, generator=generator(1))).Q
+    x = 0.1 * hidden @ directions.T + 0.001 * torch.randn(300, 1200, generator=generator(2))
+    restart = GaussianRestart.fit(x.view(-1, 3, 20, 20), torch.zeros(300, dtype=torch.int64), 1, rank=2)
+    centred = x - x.mean(0)
+    covariance, found = centred.T @ centred / 299, restart.factor[0] @ restart.factor[0].T
+    assert (covariance - found).norm() < 0.02 * covariance.norm()
+    assert torch.equal(torch.random.get_rng_state(), state)  # the random start of the decomposition is its own
+
+
+def test_a_class_of_two_clusters_is_drawn_from_a_gaussian_for_each():
+    parts = torch.tensor([0, 0, 0, 1]).repeat(1000)
+    x = torch.where(parts == 0, -0.5, 0.5)[:, None] + 0.05 * torch.randn(4000, 3, generator=generator())
+    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), torch.zeros(4000, dtype=torch.int64), 1, parts=parts)
+    drawn = restart.draw(torch.zeros(4000, dtype=torch.int64), generator(1)).flatten(1)
+    left = drawn[:, 0] < 0
+    assert abs(left.float().mean() - 0.75) < 0.03 and restart.num_classes == 1
+    for rows, centre in ((left, -0.5), (~left, 0.5)):
+        torch.testing.assert_close(drawn[rows].mean(0), torch.full((3,), centre), atol=0.01, rtol=0)
+        torch.testing.assert_close(drawn[rows].std(0), torch.full((3,), 0.05), atol=0.005, rtol=0)
+    again = restart_from_state(restart.state_dict())
+    assert torch.equal(
+        again.draw(torch.zeros(9, dtype=torch.int64), generator()), restart.draw(torch.zeros(9, dtype=torch.int64), generator())
+    )
+
+
+def test_rows_that_are_wanted_do_not_depend_on_which_others_are():
+    restart = GaussianRestart(torch.rand(3, 8), torch.rand(3, 8, 2), (8,))
+    labels, wanted = torch.arange(60) % 3, torch.arange(60) % 7 == 0
+    some, every = (restart.draw(labels, generator(), rows) for rows in (wanted, None))
+    assert torch.equal(some[wanted], every[wanted])
+
+
+def test_few_images_of_many_pixels_have_the_covariance_they_have():
+    x = torch.rand(20, 100, generator=generator()) - 0.5
+    restart = GaussianRestart.fit(x.view(-1, 1, 10, 10), torch.zeros(20, dtype=torch.int64), 1)
+    torch.testing.assert_close(restart.factor[0] @ restart.factor[0].T, torch.cov(x.T), atol=1e-5, rtol=1e-3)
+
+
+def test_restarts_drawn_at_once_are_those_drawn_class_by_class():
+    restart = GaussianRestart(torch.rand(3, 8), torch.rand(3, 8, 2), (1, 2, 4))
+    z, labels = torch.randn(50, 2), torch.arange(50) % 3
+    torch.testing.assert_close(restart._at_once(z, labels), restart._one_by_one(z, labels, None))
+
+
+def test_a_class_without_images_is_named():
+    with pytest.raises(ValueError, match="class 1 has 0"):
+        GaussianRestart.fit(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64), 2)
+
+
+def test_classes_are_as_frequent_among_the_chains_as_in_the_training_images():
+    images, labels = torch.rand(200, 1, 2, 2), torch.tensor([0] * 100 + [1] * 80 + [2] * 20)
+    for parts in (None, torch.arange(200) % 3):
+        restart = GaussianRestart.fit(images, labels, 3, parts=parts)
+        for numbers in (torch.arange(1000), torch.arange(5000, 6000)):
+            counts = restart.labels(numbers).bincount(minlength=3)
+            torch.testing.assert_close(counts, torch.tensor([500, 400, 100]), atol=3, rtol=0)
+    one_each = GaussianRestart(torch.rand(3, 4), torch.rand(3, 4, 2), (1, 2, 2))
+    torch.testing.assert_close(one_each.labels(torch.arange(300)).bincount(), torch.tensor([100] * 3), atol=3, rtol=0)
+    assert UniformRestart((1, 2, 2), 3).labels(torch.arange(5)).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_restart_distributions_survive_their_state_dict():
+    labels = torch.tensor([0, 1, 1])
+    for restart in (UniformRestart((1, 2, 2), 2), GaussianRestart(torch.rand(2, 4), torch.rand(2, 4, 3), (1, 2, 2))):
+        again = restart_from_state(restart.state_dict())
+        assert torch.equal(again.draw(labels, generator()), restart.draw(labels, generator()))
+
+
+def test_clusters_cut_a_class_by_what_its_images_look_like():
+    images = torch.randn(210, 1, 4, 4) * 0.01 + torch.tensor([-0.5, 0.5]).repeat(105)[:, None, None, None]
+    labels = torch.zeros(210, dtype=torch.int64)
+    labels[-4:] = 1
+    parts = restarts.clusters(images, labels, 2, seed=0)
+    first = parts[:206]
+    assert len(first[::2].unique()) == len(first[1::2].unique()) == 1 and first[0] != first[1]
+    parts = restarts.clusters(images, labels, 10, seed=0)  # few images have few clusters: no start is a training image
+    assert len(parts[:206].unique()) == 4 and len(parts[-4:].unique()) == 1
