@@ -167,7 +167,7 @@ PRETRAINING_SHARE = 0.2  # of --max-minutes, at most
 class ReplayBuffer:
     """Persistent chains (Tieleman 2008; arXiv 1912.03263, algorithm 1): a chain is drawn, moved on, and put back.
 
-    size: number of chains. restart: restart distribution, see sgld.py. reinit_prob: probability that a drawn chain
+    size: number of chains. restart: restart distribution, see restarts.py. reinit_prob: probability that a drawn chain
     is restarted, 0..1. long_chains: the last so many slots never restart; long_share: the share of each draw that comes
     from them, 0..1, so that a few chains grow old and training sees where thousands of steps lead. device, generator:
     where the chains live and what they are drawn with.
