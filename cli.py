@@ -16,6 +16,7 @@ import sys
 import time
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+SECONDS_TO_SAY_WHY = 2
 START = time.perf_counter()  # the scripts import this module first, so --max-minutes includes the loading of torch
 
 # The defaults that depend on the data set. Any flag on the command line overrides its entry; a training script prints
@@ -98,6 +99,12 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def wait_for_first():
+    """Let rank 0 say first why all processes end: torchrun ends the others as soon as one has failed."""
+    if RANK:
+        time.sleep(SECONDS_TO_SAY_WHY)
+
+
 def exits_cleanly(main):
     """Wrap a script's main: a mistake becomes one line on stderr and exit code 2, a signal exit code 128 + its number."""
 
@@ -129,6 +136,8 @@ def exits_cleanly(main):
             say, exit_code = str(stopped), stopped.exit_code
         except KeyboardInterrupt:
             say, exit_code = "interrupted; a training run goes on from its last checkpoint with --resume", 130
+        if exit_code in (1, 2):
+            wait_for_first()
         print(f"process {RANK}: {say}" if RANK else say, file=sys.stderr)
         raise SystemExit(exit_code)
 
@@ -158,6 +167,7 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else None
         if near:
             message += f"; did you mean {near[0]}?"
+        wait_for_first()
         self.exit(2, "" if RANK else f"error: {message} (see {self.prog} --help)\n")  # rank 0 says it for all
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+import cli
 from cli import UserError
 
 PATIENCE = timedelta(hours=2)  # rank 0 may download or write for long; torchrun ends the others when one fails
@@ -98,7 +99,8 @@ def from_first(make):
     if error:
         raise error
     if box[1]:
-        raise SystemExit(2)  # rank 0 says why
+        cli.wait_for_first()
+        raise SystemExit(2)
     return box[0]
 
 
