@@ -91,9 +91,7 @@ def add_noise(x, noise_std, generator=None, noise=None):
     return torch.add(x, draw_noise(x, generator) if noise is None else noise, alpha=noise_std)
 
 
-def langevin_step(
-    x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None, noise=None
-):  # fmt: skip
+def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None, noise=None):
     """Take one Langevin step down the energy: x - step_size * gradient + noise_std * eps.
 
     x, gradient: (N, ...) float; gradient is dE/dx at x. Neither is changed.

@@ -106,8 +106,8 @@ class Training:
 
     model: the network that is trained. averaged: the one whose weights are kept, an exponential moving average of the
     trained one's, or that one itself where args.ema_decay is 0. energy_of: the trained network's energy, for
-    sgld.run_chains. iterations, graphs: what --cuda-graph asks for, fast.Graphs of whole iterations or, on several ranks,
-    whose gradients meet, fast.ChainGraphs; or None.
+    sgld.run_chains. iterations, graphs: what --cuda-graph asks for, CUDA graphs of whole iterations or, on several ranks,
+    whose gradients meet, of the chains; or None.
     generator: torch.Generator on the device, the source of every random draw but the first weights and the order of the
     data. Of several ranks (see parallel.py) each has its own generator and takes an equal share of every batch.
     Raises UserError for flags that do not fit the data.
@@ -132,7 +132,7 @@ class Training:
         if phase == "jem":  # the classifier's training runs no chains
             self.energy_of, self.graphs = fast.from_flags(args, self.energy_of, self.model, device)
         if self.graphs and parallel.ranks() == 1:
-            self.graphs, self.iterations = None, fast.Graphs()
+            self.graphs, self.iterations = None, self.graphs  # of whole iterations, the chains in them among the rest
         in_one = {"fused": True} if device.type == "cuda" else {}  # one launch instead of twenty
         self.optimizer = OPTIMISERS[args.optimizer](
             self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, **in_one
