@@ -124,7 +124,7 @@ def exits_cleanly(main):
             say = f"error: {place}{error.strerror or error}; mend that and run it again; a training goes on with --resume"
             exit_code = 2
         except (MemoryError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else ""
+            reason = first_line(error)
             if RANK and re.search("peer|Gloo|NCCL", reason):
                 say, exit_code = f"the other processes are gone ({reason})", 1
             elif isinstance(error, MemoryError) or re.search("allocate memory|out of memory|size calculation", reason):

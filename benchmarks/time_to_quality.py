@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +49,9 @@ def parse_args(argv=None):
         "--variant", action="append", metavar="NAME:FLAGS",
         help="a name, a colon and flags of train_jem.py, in one string; once for each variant",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=cli.positive_int, default=1, help="trainings at once, the processor's cores shared out")
+    parser.add_argument(
+        "--jobs", type=cli.positive_int, default=1, help="trainings, and then measurements, at once, the cores shared out"
+    )
     parser.add_argument("--save-minutes", type=cli.positive, default=0.5, help="minutes between two points of the curve")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, of trainings and measurements")
     parser.add_argument("--quick", action="store_true", help="fewer chains and weaker attacks at the end of each run")
@@ -148,6 +153,31 @@ def judge(path, dataset, part, network, sizes, sets):
     return row
 
 
+def measure(args, threads, sizes, trained):
+    """Measure one training, in a process of its own: a dict with its points and, unless it left none, its end.
+
+    threads: for this process. sizes: those of a point and of the end. trained: a dict that says what was trained, and the
+    paths of its checkpoints.
+    """
+    import torch
+
+    import chain_quality
+    import data
+    import runs
+
+    torch.set_num_threads(max(threads, 1))
+    run, points = trained
+    dataset = data.load(args.dataset, args.data_dir)
+    network = chain_quality.feature_network(dataset, Path(args.out_dir), runs.pick_device(args.device))
+    sets = {part: {name: args.kmnist if name == "kmnist" else name for name in names} for part, names in OOD.items()}
+    if not args.kmnist:
+        del sets["test"]["kmnist"]
+    part = "test" if args.test else "val"
+    points_found = [judge(point, dataset, "val", network, sizes[0], sets["val"]) for point in points]
+    end = judge(points[-1], dataset, part, network, sizes[1], sets[part]) if points else None
+    return {**run, "points": points_found, part: end}
+
+
 def markdown(args, found):
     """Return the table of the runs' ends: mean and standard deviation over the seeds."""
     import statistics
@@ -195,21 +225,17 @@ def main(argv=None):
     import plots
     import runs
 
-    dataset = data.load(args.dataset, args.data_dir)
-    network = chain_quality.feature_network(dataset, folder, runs.pick_device(args.device))
-    sets = {part: {name: args.kmnist if name == "kmnist" else name for name in names} for part, names in OOD.items()}
-    if not args.kmnist:
-        del sets["test"]["kmnist"]
-    found, end, part = {}, QUICK if args.quick else FULL, "test" if args.test else "val"
-    for index, exit_code, points in tqdm(trained, disable=None):
-        name, flags, seed = wanted[index]
-        run = {"flags": flags, "seed": seed, "exit_code": exit_code, "points": [], part: None}
-        for point in points:
-            run["points"].append(judge(point, dataset, "val", network, POINT, sets["val"]))
-        if points:
-            run[part] = judge(points[-1], dataset, part, network, end, sets[part])
-        found.setdefault(name, []).append(run)
-        (folder / "quality.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    chain_quality.feature_network(data.load(args.dataset, args.data_dir), folder, runs.pick_device(args.device))
+    tasks = [
+        ({"flags": wanted[index][1], "seed": wanted[index][2], "exit_code": code}, points) for index, code, points in trained
+    ]
+    sizes, found = (POINT, QUICK if args.quick else FULL), {}
+    # SIGINT is for this process to answer, which ends the others
+    with multiprocessing.get_context("spawn").Pool(args.jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        results = pool.imap(partial(measure, args, len(cores) // args.jobs, sizes), tasks)
+        for (name, _, _), run in zip(wanted, tqdm(results, total=len(tasks), disable=None), strict=True):
+            found.setdefault(name, []).append(run)
+            (folder / "quality.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     (folder / "quality.md").write_text(markdown(args, found))
     plots.save_quality({name: [run["points"] for run in runs] for name, runs in found.items()}, FIGURE, folder / "quality.png")
     print(markdown(args, found))
