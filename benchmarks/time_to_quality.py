@@ -156,8 +156,8 @@ def judge(path, dataset, part, network, sizes, sets):
 def measure(args, threads, sizes, trained):
     """Measure one training, in a process of its own: a dict with its points and, unless it left none, its end.
 
-    threads: for this process. sizes: those of a point and of the end. trained: a dict that says what was trained, and the
-    paths of its checkpoints.
+    args: parsed flags. threads: for this process. sizes: those of a point and of the end. trained: a dict that says what
+    was trained, and the paths of its checkpoints.
     """
     import torch
 
@@ -227,7 +227,8 @@ def main(argv=None):
 
     chain_quality.feature_network(data.load(args.dataset, args.data_dir), folder, runs.pick_device(args.device))
     tasks = [
-        ({"flags": wanted[index][1], "seed": wanted[index][2], "exit_code": code}, points) for index, code, points in trained
+        ({"flags": flags, "seed": seed, "exit_code": exit_code}, points)
+        for (_, flags, seed), (_, exit_code, points) in zip(wanted, trained, strict=True)
     ]
     sizes, found = (POINT, QUICK if args.quick else FULL), {}
     # SIGINT is for this process to answer, which ends the others
