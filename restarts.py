@@ -6,6 +6,7 @@ import torch
 
 GOLDEN_RATIO = (1 + 5**0.5) / 2
 LARGE = 1024  # coordinates up to which a Gaussian's covariance is decomposed exactly
+COMPONENTS = 30  # principal components of a class that its clusters are found by
 CLUSTER_SIZE = 50  # images, on average, at least
 
 
@@ -25,16 +26,15 @@ def clusters(images, labels, count, seed):
     no start is a training image.
     """
     from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
 
     parts = torch.zeros_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
-        flat = images[members].flatten(1).numpy()
-        # three power iterations find what seven do: of MNIST's zeros 81.9 % of the variance, in half the time
-        leading = PCA(min(30, *flat.shape), iterated_power=3, random_state=seed).fit_transform(flat)
+        flat = images[members].flatten(1)
+        centred = flat - flat.mean(0)
+        leading = centred @ _leading_directions(centred, COMPONENTS)[0]
         most = max(len(members) // CLUSTER_SIZE, 1)
-        found = KMeans(min(count, most), n_init=1, random_state=seed).fit_predict(leading)
+        found = KMeans(min(count, most), n_init=1, random_state=seed).fit_predict(leading.numpy())
         parts[members] = torch.from_numpy(found).long()
     return parts
 
@@ -168,11 +168,20 @@ def _principal_factor(centred, rank):
         variances, directions = torch.linalg.eigh((centred.T @ centred / (count - 1)).double())
         leading = (directions[:, -rank:] * variances[-rank:].clamp_min(0).sqrt()).to(centred.dtype)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _, singular, directions = torch.pca_lowrank(centred, q=min(rank, count), center=False, niter=4)
+        directions, singular = _leading_directions(centred, rank)
         leading = directions * singular / (count - 1) ** 0.5
     return torch.nn.functional.pad(leading, (0, rank - leading.shape[1]))  # nothing where images are fewer than rank
+
+
+def _leading_directions(centred, rank):
+    """Return the leading right singular vectors of centred (n, D), (D, rank) or fewer, and their singular values.
+
+    Randomised, always by the same draws.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, singular, directions = torch.pca_lowrank(centred, q=min(rank, *centred.shape), center=False, niter=4)
+    return directions, singular
 
 
 def restart_from_state(state, device="cpu"):
