@@ -124,12 +124,11 @@ def judge(path, dataset, part, network, sizes, sets):
         "accuracy": float((logits.argmax(1) == split.labels).double().mean()), "ece": calibration["ece"],
     }  # fmt: skip
     generator, buffer = torch.Generator(device).manual_seed(0), checkpoint["buffer"]["images"]
-    most = min(len(split.labels), len(buffer))
     train = dataset.train.images[torch.randperm(len(dataset.train.labels), device=device, generator=generator).cpu()]
-    reference = chain_quality.features_of(network, split.images)
+    most, reference = min(len(split.labels), len(train)), chain_quality.features_of(network, split.images)
     chosen = torch.randperm(len(buffer), device=device, generator=generator)
     for kind, steps in (("buffer", 0), ("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
-        count = min(sizes[kind], most, len(train))
+        count = min(sizes[kind], most, len(buffer) if kind == "buffer" else most)
         if not count:
             continue
         if kind == "buffer":
