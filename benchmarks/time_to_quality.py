@@ -125,17 +125,17 @@ def judge(path, dataset, part, network, sizes, sets):
     }  # fmt: skip
     generator, buffer = torch.Generator(device).manual_seed(0), checkpoint["buffer"]["images"]
     train = dataset.train.images[torch.randperm(len(dataset.train.labels), device=device, generator=generator).cpu()]
-    most, reference = min(len(split.labels), len(train)), chain_quality.features_of(network, split.images)
+    reference = chain_quality.features_of(network, split.images)
     chosen = torch.randperm(len(buffer), device=device, generator=generator)
     for kind, steps in (("buffer", 0), ("fresh", runs.FRESH_STEPS), ("long", sizes["longest"])):
-        count = min(sizes[kind], most, len(buffer) if kind == "buffer" else most)
+        count = min(sizes[kind], len(split.labels), len(train))
         if not count:
             continue
         if kind == "buffer":
-            images = buffer[chosen[:count]]
+            images = buffer[chosen[:count]]  # all of a smaller buffer
         else:
             images = chain_quality.fresh_chains(checkpoint, model, count, steps, generator)
-        floor = metrics.frechet_distance(chain_quality.features_of(network, train[:count]), reference)
+        floor = metrics.frechet_distance(chain_quality.features_of(network, train[: len(images)]), reference)
         features = chain_quality.features_of(network, images)
         found = chain_quality.compare(network, features, reference, floor, dataset.num_classes)
         row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]
