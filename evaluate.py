@@ -1,182 +1,193 @@
-"""Report what a joint energy-based model promises, measured, with the plain classifier it started from beside it.
+"""Report what a joint energy-based model promises, measured, beside the classifier it started from.
 
     python evaluate.py --checkpoint results/digits/jem.pt --quick
 
-writes report.json, report.md and its figures: classification, calibration, out-of-distribution detection, adversarial
-robustness, samples and chains.
+writes report.json, report.md and its figures: classification, calibration, out-of-distribution
+detection, adversarial robustness, samples and chains.
 """
 
 from __future__ import annotations
 
-import cli
-
-
-def build_parser():
-    """Return the parser of this script's command line."""
-    parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("data")
-    cli.add_data_dir_flag(group)
-    group.add_argument(
-        "--ood", nargs="+", metavar="NAME_OR_PATH",
-        help="out-of-distribution sets: names of data.py, .npz or .npy files of images, folders of image files; without it "
-        "all that are made from the test images and all of torchvision's that lie under --data-dir",
-    )  # fmt: skip
-    group.add_argument(
-        "--download", action="store_true", help="download torchvision's out-of-distribution sets that are missing"
-    )
-    group = parser.add_argument_group("model")
-    cli.add_checkpoint_flag(group)
-    cli.add_classifier_flag(group)
-    group = parser.add_argument_group("measurement")
-    group.add_argument(
-        "--attacks", nargs="+", choices=("linf", "l2", "none"), default=["linf", "l2"], help="norms of the attacks"
-    )
-    group.add_argument("--bins", type=cli.positive_int, default=15, help="equal-width bins of the calibration errors")
-    group.add_argument(
-        "--longest-chain", type=cli.positive_int, metavar="STEPS",
-        help="Langevin steps after which the long chains end; without it 10000, with --quick 100",
-    )  # fmt: skip
-    group.add_argument("--quick", action="store_true", help="smaller samples and fewer attacks: an answer within a minute")
-    cli.add_run_flags(parser)
-    return parser
-
-
-def parse_args(argv=None):
-    """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
-    parser = build_parser()
-    args = cli.parse(parser, argv)
-    if "none" in args.attacks and len(args.attacks) > 1:
-        parser.error("--attacks none cannot stand beside a norm")
-    return args
-
+try:
+    from sgld_nrg.support.commands import parse
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; run: pip install -r requirements.txt") from None
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags answer here, before torch is loaded
+    args = parse("evaluate", doc=__doc__)  # here, so that --help answers before torch loads
 
 import json
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
-import chain_quality
-import data
-import measurements
-import parallel
-import plots
-import report
-import runs
-from cli import UserError
+from sgld_nrg import train_classifier
+from sgld_nrg.models import load_model
+from sgld_nrg.support import data
+from sgld_nrg.support.checkpoints import Checkpoint, load_checkpoint, output_folder
+from sgld_nrg.support.commands import command_line
+from sgld_nrg.support.devices import pick_device
+from sgld_nrg.support.errors import UserError, exits_cleanly
+from sgld_nrg.support.log import git_commit, package_versions, report_files
+from sgld_nrg.support.parallel import Alone, processes
+from sgld_nrg.support.report import (
+    class_conditional,
+    classification,
+    detection,
+    long_chains,
+    mixing,
+    robustness,
+    samples,
+)
+from sgld_nrg.support.report import study as sizes_of
+from sgld_nrg.support.report.study import PRECISION, Study
+from sgld_nrg.support.report.words import percent
+from sgld_nrg.support.training import Setup
 
-EPSILONS = {"linf": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5), "l2": (0.25, 0.5, 1.0, 1.5, 3.0, 10.0)}  # pixels on [0, 1]
-# Sizes: images of each kind, and the steps, restarts and random draws of the attacks.
-FULL = {
-    "ood": 10_000, "attacked": 1000, "attack_steps": 40, "restarts": 2, "epsilons": EPSILONS,
-    "refined": 100, "refined_steps": 5, "refined_attack_steps": 20, "refined_draws": 2,
-    "refined_epsilons": {"linf": (0.05, 0.1, 0.2), "l2": (0.5, 1.5, 3.0)},
-    "samples": 10_000, "conditional": 1000, "long_chains": 400, "longest": 10_000, "chains": 64, "chain_steps": 300,
-    "resamples": 200,
-}  # fmt: skip
-QUICK = {
-    "ood": 1000, "attacked": 100, "attack_steps": 10, "restarts": 1,
-    "epsilons": {"linf": (0.05, 0.1, 0.5), "l2": (0.5, 1.5, 10.0)},
-    "refined": 32, "refined_steps": 3, "refined_attack_steps": 5, "refined_draws": 2,
-    "refined_epsilons": {"linf": (0.1,), "l2": (1.5,)},
-    "samples": 1000, "conditional": 200, "long_chains": 200, "longest": 100, "chains": 32, "chain_steps": 60,
-    "resamples": 100,
-}  # fmt: skip
-DRY_RUN = {
-    **QUICK, "ood": 50, "attacked": 8, "attack_steps": 2, "refined": 4, "refined_attack_steps": 1,
-    "samples": 100, "conditional": 40, "long_chains": 20, "longest": 10, "chains": 4, "chain_steps": 8, "resamples": 40,
-}  # fmt: skip
+SECTIONS = {
+    "classification": classification,
+    "out_of_distribution": detection,
+    "robustness": robustness,
+    "samples": samples,
+    "class_conditional": class_conditional,
+    "long_chains": long_chains,
+    "chains": mixing,
+}
+FEATURE_SEED = 1_000_003  # of the independent classifier: no training here uses it
 
 
-def evaluate(args, device):
-    """Measure everything and write the report; several ranks share the sections out among them."""
-    checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
-    with parallel.first_on_each_node():
-        dataset = data.load(checkpoint["dataset"], args.data_dir, checkpoint["model_config"]["image_size"])
-    sizes = {**(DRY_RUN if args.dry_run else QUICK if args.quick else FULL), "bins": args.bins}
-    if args.longest_chain:
-        sizes["longest"] = args.longest_chain
-    models = {"jem": runs.load_model(checkpoint, device).eval()}
-    path = args.classifier or Path(args.checkpoint).with_name("classifier.pt")
+def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
+    """Measure everything and write the report; several ranks share out the sections."""
+    checkpoint = load_checkpoint(args.checkpoint, "jem", device)
+    size = checkpoint["model_config"]["image_size"]
+    with ranks.first_on_each_node():
+        dataset = data.load(checkpoint["dataset"], args.data_dir, size)
+    sizes = sizes_of.DRY_RUN if args.dry_run else sizes_of.QUICK if args.quick else sizes_of.FULL
+    sizes = {**sizes, "bins": args.bins, "longest": args.longest_chain or sizes["longest"]}
+    models = {"jem": load_model(checkpoint, device).eval()}
+    path = Path(args.classifier or Path(args.checkpoint).with_name("classifier.pt"))
     if args.classifier or path.exists():
-        classifier = runs.load_checkpoint(path, "classifier", device)
-        if classifier["dataset"] != dataset.name:
-            raise UserError(
-                f"{str(path)!r} was trained on {classifier['dataset']}, the JEM on {dataset.name}: name another --classifier"
-            )
-        models["classifier"] = runs.load_model(classifier, device).eval()
-    jem = models["jem"]
-    with parallel.first_on_each_node():
-        ood = measurements.ood_sets(dataset, args, sizes, device)  # here, so that a mistake is told before anything is measured
-    with runs.run_folder(args) as folder:
-        network = chain_quality.feature_network(dataset, folder, device)
-        sections = {
-            "classification": lambda: measurements.classification(models, dataset, sizes),
-            "out_of_distribution": lambda: measurements.out_of_distribution(models, dataset, ood, sizes, folder, device),
-            "robustness": lambda: measurements.robustness(models, checkpoint, dataset, args, sizes, folder, device),
-            "distal_adversarials": lambda: measurements.distal_adversarials(models, args, folder, device, dataset.shape),
-            "samples": lambda: chain_quality.samples(checkpoint, jem, network, dataset, args, sizes, folder, device),
-            "class_conditional": lambda: chain_quality.class_conditional(
-                checkpoint, jem, network, dataset, args, sizes, folder, device
-            ),
-            "long_chains": lambda: chain_quality.long_chains(checkpoint, jem, network, dataset, args, sizes, folder, device),
-            "chains": lambda: chain_quality.chains(checkpoint, jem, args, sizes, folder, device),
-        }
-        found = {"protocol": protocol(args, checkpoint, sizes, path if "classifier" in models else None, dataset)}
-        bar = tqdm(list(sections)[parallel.rank() :: parallel.ranks()], disable=None if parallel.first() else True)
+        models["classifier"] = load_model(_classifier(path, dataset, device), device).eval()
+    with ranks.first_on_each_node():  # here, so that a mistake is told before anything is measured
+        ood = detection.ood_sets(dataset, args, sizes["ood"], device)
+    with output_folder(args, ranks) as folder:
+        network = feature_network(dataset, folder, device, ranks)
+        study = Study(args, sizes, device, dataset, checkpoint, models, network, ood, folder)
+        found = {}
+        mine = list(SECTIONS)[ranks.rank :: ranks.count]
+        bar = tqdm(mine, disable=None if ranks.first else True)
         for name in bar:
             bar.set_description(name)
-            found[name] = sections[name]()
-        everything = {name: part for found in parallel.gathered_at_first(found) for name, part in found.items()}
-        if not parallel.first():
+            found[name] = SECTIONS[name].measure(study)
+        gathered = ranks.gathered_at_first(found)
+        if not ranks.first:
             return
-        found = {name: everything[name] for name in ("protocol", *sections)}
-        plots.save_reliability(found["classification"], folder / "reliability.png")
-        plots.save_confusion(found["classification"]["jem"]["confusion"], folder / "confusion.png")
+        everything = {name: part for found in gathered for name, part in found.items()}
+        found = {"protocol": protocol(study, path if "classifier" in models else None)}
+        found |= {name: everything[name] for name in SECTIONS}
         (folder / "report.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-        (folder / "report.md").write_text(report.markdown(found))
-        print(report.summary(found))
-        runs.report_files(args, [folder / name for name in ("report.md", "report.json")])
+        (folder / "report.md").write_text(markdown(found))
+        print(summary(found))
+        report_files(args, [folder / name for name in ("report.md", "report.json")])
 
 
-@cli.exits_cleanly
-def main(argv=None):
-    """Run the script with a list of arguments, or with the command line's."""
-    args = parse_args(argv)
-    device = runs.pick_device(args.device)
-    with parallel.group(device):
-        evaluate(args, device)
+def _classifier(path: Path, dataset: data.Dataset, device: torch.device) -> Checkpoint:
+    """Return the checkpoint of the classifier to compare with, of the same data set."""
+    found = load_checkpoint(path, "classifier", device)
+    if found["dataset"] != dataset.name:
+        raise UserError(
+            f"{str(path)!r} was trained on {found['dataset']}, the JEM on {dataset.name}: "
+            "name another --classifier"
+        )
+    return found
 
 
-def protocol(args, checkpoint, sizes, classifier, dataset):
+def feature_network(
+    dataset: data.Dataset, folder: Path, device: torch.device, ranks: Alone
+) -> nn.Module:
+    """Return the independent classifier whose features judge samples; trained if missing.
+
+    A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its
+    head's input (N, D). Its settings are its own but for the augmentation, so that a preset that
+    changes is judged by the same network as before.
+    """
+    place = folder / f"feature-classifier-{dataset.name}"
+
+    def make() -> Checkpoint:
+        path = place / "classifier.pt"
+        found = load_checkpoint(path, "classifier") if path.exists() else None
+        if found and found["finished"]:
+            return found
+        place.mkdir(exist_ok=True)
+        epochs, decay = (3, 0.998) if len(dataset.train.labels) > 10_000 else (15, 0.99)
+        depth = dataset.shape[1].bit_length() - 1
+        flags = (
+            f"--dataset {dataset.name} --arch small-cnn --width 16 --depth {depth} --stem-stride 1 "
+            f"--seed {FEATURE_SEED} --epochs {epochs} --batch-size 64 --lr 1e-3 --lr-floor 0 "
+            f"--warmup-iterations 200 --ema-decay {decay} --input-noise 0.04"
+        )
+        settings = parse("train_classifier", flags.split())
+        setup = Setup(dataset, place, device, Alone())
+        return train_classifier.train(settings, setup, found, go_on=train_classifier.AGAIN)
+
+    return load_model(ranks.from_first(make), device)
+
+
+def protocol(study: Study, classifier: Path | None) -> dict[str, Any]:
     """Return what a reader must know to repeat the measurement."""
+    dataset, checkpoint = study.dataset, study.checkpoint
     return {
-        "command": command(args),
+        "command": command_line("python evaluate.py", study.args),
         "data_set": dataset.name,
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": str(study.args.checkpoint),
         "classifier": classifier and str(classifier),
-        "seed": args.seed,
-        "sizes": sizes,
+        "seed": study.args.seed,
+        "sizes": study.sizes,
         "splits": {name: len(getattr(dataset, name).labels) for name in ("train", "val", "test")},
         "sgld": checkpoint["sgld"],
-        "precision": measurements.PRECISION,
-        "packages": runs.package_versions(),
-        "git_commit": runs.git_commit(),
+        "precision": PRECISION,
+        "packages": package_versions(),
+        "git_commit": git_commit(),
     }
 
 
-def command(args):
-    """Return the command line that was given."""
-    words = ["python evaluate.py"]
-    for name in sorted(args.given):
-        value = getattr(args, name)
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words += map(str, value) if isinstance(value, list) else [str(value)]
-    return " ".join(words)
+def markdown(found: dict[str, Any]) -> str:
+    """Return report.md for what was found, the dict that is written as report.json."""
+    protocol = found["protocol"]
+    parts = [
+        f"# Report: JEM on {protocol['data_set']}",
+        f"Made by `{protocol['command']}`; test images {protocol['splits']['test']}, seed "
+        f"{protocol['seed']}, commit {protocol['git_commit']}, torch "
+        f"{protocol['packages']['torch']}. In brackets bootstrap 95 % intervals over the images. "
+        "Every number with its protocol and sample size is in `report.json`.",
+    ]
+    parts += [part.words(found[name], protocol["sizes"]) for name, part in SECTIONS.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(found: dict[str, Any]) -> str:
+    """Return the few lines that the script prints at its end."""
+    lines = []
+    for name, row in found["classification"].items():
+        ece = percent(row["calibration"]["ece"])
+        lines.append(f"{name}: accuracy {percent(row['accuracy'])}, ECE {ece}")
+    for kind in ("buffer", "fresh"):
+        ratio = found["samples"]["kinds"][kind]["ratio_to_floor"]
+        lines.append(f"{kind} chains: {ratio:.2f} times the Fréchet floor")
+    return "\n".join(lines)
+
+
+@exits_cleanly
+def main(args: Namespace) -> None:
+    """Run the script with what `parse` returned."""
+    device = pick_device(args.device)
+    with processes(device) as ranks:
+        evaluate(args, device, ranks)
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -2,161 +2,269 @@
 
     python sample.py --checkpoint results/digits/jem.pt --num 64
 
-starts new chains in the restart distribution of the training and runs Langevin dynamics on E(x). --source buffer shows the
-persistent chains of the training instead. --class-label and --mixture run the chains on the energy of one class or of
-several, --interpolate leads each chain from one class to another. --from-images starts at your own pictures, which --inpaint
-completes and --denoise cleans. --animate adds a GIF of how it came about.
+starts new chains in the training's restart distribution and runs Langevin dynamics on E(x).
+--source buffer shows the persistent chains of the training instead. --class-label and --mixture run
+the chains on the energy of one class or of several, --interpolate leads each chain from one class
+to another. --from-images starts at your own pictures, which --inpaint completes and --denoise
+cleans. --animate adds a GIF of how it came about.
 """
 
 from __future__ import annotations
 
-import cli
-
-CONDITIONS = ("class_label", "mixture", "interpolate")  # flags that name classes, of which one may be given
-
-
-def build_parser():
-    """Return the parser of this script's command line."""
-    parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("model")
-    cli.add_checkpoint_flag(group)
-    cli.add_precision_flag(group)
-    group = parser.add_argument_group("where chains start")
-    group.add_argument("--source", choices=("fresh", "buffer"), default="fresh", help="new chains, or the replay buffer's")
-    group.add_argument(
-        "--by-energy", action="store_true",
-        help="with --source buffer: the chains of lowest energy, then those of highest, instead of any",
-    )  # fmt: skip
-    group.add_argument(
-        "--from-images",
-        metavar="PATH",
-        help="start at these instead: an image, a folder of them, an .npz or .npy file, or the word test for the test images",
-    )
-    group.add_argument(
-        "--inpaint", metavar="PART",
-        help="with --from-images: hold the pictures but for a part, which is sampled: left, right, top, bottom, centre, or an "
-        "image file that is white there",
-    )  # fmt: skip
-    group.add_argument(
-        "--denoise", type=cli.positive, metavar="STD",
-        help="with --from-images: add noise of this standard deviation, pixels on [-1, 1], and descend the energy without any",
-    )  # fmt: skip
-    cli.add_data_dir_flag(group)
-    group = parser.add_argument_group("energy")
-    energies = group.add_mutually_exclusive_group()
-    energies.add_argument(
-        "--class-label", type=cli.count, nargs="+", metavar="Y",
-        help="classes for chains on E(x, y), in equal shares; all of a class in one row",
-    )  # fmt: skip
-    energies.add_argument(
-        "--mixture",
-        type=cli.count,
-        nargs="+",
-        metavar="Y",
-        help="classes for chains on -log sum_y exp f(x)[y] over these alone",
-    )
-    energies.add_argument(
-        "--interpolate", type=cli.count, nargs=2, metavar=("Y", "Z"),
-        help="chains on E(x, Y) whose energy then turns into E(x, Z); one row for each chain",
-    )  # fmt: skip
-    group = parser.add_argument_group("SGLD")
-    group.add_argument("--num", type=cli.positive_int, default=64, help="chains")
-    group.add_argument(
-        "--steps",
-        type=cli.count,
-        help="Langevin steps; default 30, of the buffer's chains 0, with --denoise 10, from other images 100, and with "
-        "--interpolate 100 a column",
-    )
-    group.add_argument(
-        "--step-size", type=cli.positive, help="multiplies the energy gradient, pixels on [-1, 1]; without it the training's"
-    )
-    group.add_argument(
-        "--noise-std",
-        type=cli.non_negative,
-        help="standard deviation of the noise of a step, pixels on [-1, 1]; without it the training's",
-    )
-    cli.add_speed_flags(group)
-    group.add_argument("--chunk-size", type=cli.positive_int, default=250, help="chains that run at once: it bounds the memory")
-    group = cli.add_run_flags(parser)
-    group.add_argument("--animate", action="store_true", help="also write a GIF of the chains on their way")
-    group.add_argument(
-        "--save-array",
-        metavar="FILE.npz",
-        help="also write images (N, C, H, W) float32 in [0, 1], and labels where conditional",
-    )
-    return parser
-
-
-def parse_args(argv=None):
-    """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
-    parser = build_parser()
-    args = cli.parse(parser, argv)
-    for name in CONDITIONS:
-        classes = getattr(args, name)
-        if classes and len(set(classes)) < len(classes):
-            parser.error(f"--{name.replace('_', '-')} names a class twice")
-    if args.class_label and args.num < len(args.class_label):
-        parser.error(f"--num {args.num} is below the {len(args.class_label)} classes of --class-label")
-    if args.save_array and not args.save_array.endswith(".npz"):
-        parser.error(f"--save-array {args.save_array} must end in .npz")
-    if args.save_array and args.interpolate:
-        parser.error("--save-array takes the ends of chains, and --interpolate shows their way: leave one out")
-    if args.from_images and args.source == "buffer":
-        parser.error("--from-images and --source buffer both say where chains start: leave one out")
-    for name in ("inpaint", "denoise"):
-        if getattr(args, name) and not args.from_images:
-            parser.error(f"--{name} needs pictures: name them with --from-images")
-    if args.inpaint and args.denoise:
-        parser.error("--inpaint holds pixels that --denoise would change: leave one out")
-    if args.interpolate and (args.from_images or args.source == "buffer"):
-        parser.error("--interpolate starts fresh chains: leave out --from-images and --source")
-    if args.by_energy and (args.source != "buffer" or args.class_label):
-        parser.error("--by-energy sorts all of the buffer: use it with --source buffer and without --class-label")
-    if args.denoise and "noise_std" in args.given:
-        parser.error("--denoise descends without noise: leave out --noise-std")
-    return args
-
+try:
+    from sgld_nrg.support.commands import parse
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; run: pip install -r requirements.txt") from None
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags answer here, before torch is loaded
+    args = parse("sample", doc=__doc__)  # here, so that --help answers before torch loads
 
 import math
 import os
 import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-import plots
-import runs
-from chains import COLUMNS, GRID_CHAINS, PARTS, Chains
-from cli import UserError
-from data import to_unit
+from sgld_nrg.models import (
+    energy_of,
+    joint_energy,
+    load_model,
+    marginal_energy,
+    mixture_energy,
+    path_energy,
+    predict,
+)
+from sgld_nrg.support import data, fast, plots
+from sgld_nrg.support.augment import add_noise
+from sgld_nrg.support.checkpoints import Checkpoint, langevin_from, load_checkpoint, output_folder
+from sgld_nrg.support.commands import CONDITIONS
+from sgld_nrg.support.devices import pick_device, pick_precision
+from sgld_nrg.support.errors import UserError, exits_cleanly
+from sgld_nrg.support.images import load_images, to_unit
+from sgld_nrg.support.log import report_files
+from sgld_nrg.support.parallel import Alone, nth_seed, processes
+from sgld_nrg.support.presets import FRESH_STEPS
+from sgld_nrg.support.restarts import restart_from_state
 
-DRY_RUN = {"num": 4, "steps": 2}
 DENOISING_STEPS = 10
 EDITING_STEPS = 100  # the way from one image to another is longer than that from a Gaussian
+DRY_RUN = {"num": 4, "steps": 2}
+PARTS = ("left", "right", "top", "bottom", "centre")
+GRID_CHAINS = 400  # a picture holds no more, so that memory does not grow with --num
+FRAMES = 50  # of an animation, at most
+COLUMNS = 11  # of an interpolation: from all of one class to all of the other
+
+Block = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Chains:
+    """Chains of one checkpoint as the flags ask for them.
+
+    checkpoint: what train_jem.py wrote. args: flags, completed by `check_against_checkpoint`.
+    Raises UserError for pictures that cannot be read and for more of the buffer's chains than
+    there are.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        args: Namespace,
+        device: torch.device,
+        ranks: Alone | None = None,
+    ):
+        self.checkpoint, self.args, self.device = checkpoint, args, device
+        self.ranks = ranks or Alone()
+        self.model = load_model(checkpoint, device)
+        given_class = joint_energy
+        if args.mixture or args.interpolate:
+            given_class = mixture_energy if args.mixture else path_energy
+        self.energy = energy_of(self.model, pick_precision(args.precision, device), given_class)
+        graphs = fast.graphs_from(args, device, self.ranks.count)
+        self.run_chains = fast.in_graphs(graphs, fast.chains_from(args, self.model))
+        asked = ("step_size", "noise_std")
+        changes = {name: getattr(args, name) for name in asked if name in args.given}
+        if args.denoise:
+            changes["noise_std"] = 0.0
+        self.langevin = langevin_from(checkpoint)._replace(**changes)
+        self.restart = restart_from_state(checkpoint["restart"], device)
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.shape = checkpoint["buffer"]["images"].shape[1:]
+        self.pictures = self._pictures().to(device) if args.from_images else None
+        self.free = part_to_sample(args.inpaint, self.shape).to(device) if args.inpaint else None
+        self.slots = self._slots() if args.source == "buffer" else None
+        self.frames: list[Tensor] = []
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield (starts, images, labels) in blocks of at most --chunk-size chains, --num in all.
+
+        starts, images: (n, C, H, W) float, pixels in [-1, 1]; labels: (n,) int64, or None without
+        --class-label. Only one block is in memory at a time, or one for each rank: the ranks draw
+        the blocks by turns, the same whatever their number, and rank 0 yields them all.
+        """
+        count = -(-self.args.num // self.args.chunk_size)
+        for turn in range(0, count, self.ranks.count):
+            number = turn + self.ranks.rank
+            block = self._block(number) if number < count else None
+            yield from (each for each in self.ranks.gathered_at_first(block) if each)
+
+    def _block(self, number: int) -> Block:
+        """Draw the block of a number; each but the first has a seed of its own."""
+        args, first = self.args, number * self.args.chunk_size
+        if number:
+            self.generator.manual_seed(nth_seed(args.seed, number))
+        classes = args.class_label or args.mixture or (args.interpolate or [])[:1]
+        last = min(first + args.chunk_size, args.num)
+        numbers = torch.arange(first, last, device=self.device)
+        labels = None
+        if classes:
+            labels = torch.tensor(classes, device=self.device)[numbers % len(classes)]
+        starts = self._starts(numbers, labels)
+        condition = labels
+        if args.mixture or args.interpolate:
+            shares = dict.fromkeys(args.mixture or classes, 1.0)
+            condition = self._weights(shares, len(starts))
+        watched = number == 0 and args.animate
+        images = self._run(starts, args.steps, condition, watched)
+        return starts, images, labels if args.class_label else None
+
+    def interpolate(self, images: Tensor) -> Tensor:
+        """Lead chains (N, C, H, W) of the first class to the second: (N, COLUMNS, C, H, W)."""
+        source, target = self.args.interpolate
+        columns = [images.to(self.device)]
+        for column in range(1, COLUMNS):
+            share = column / (COLUMNS - 1)
+            weights = self._weights({source: 1 - share, target: share}, len(images))
+            columns.append(self._run(columns[-1], self.args.steps, weights))
+            if self.args.animate:
+                self.frames.append(columns[-1][:GRID_CHAINS])
+        return torch.stack(columns, dim=1)
+
+    def _weights(self, shares: dict[int, float], count: int) -> Tensor:
+        """Return weights (count, K) with the given shares of classes in each row."""
+        row = torch.zeros(self.restart.num_classes, device=self.device)
+        for label, share in shares.items():
+            row[label] = share
+        return row.expand(count, -1)
+
+    def _starts(self, numbers: Tensor, labels: Tensor | None) -> Tensor:
+        """Return where the chains of these numbers start, (n, C, H, W)."""
+        if self.slots is not None:
+            return self.checkpoint["buffer"]["images"][self.slots[numbers]]
+        if self.pictures is not None:
+            held = self.pictures[numbers % len(self.pictures)]  # by turns
+            if self.free is None:
+                return add_noise(held, self.args.denoise or 0, self.generator)
+        labels = self.restart.labels(numbers) if labels is None else labels
+        x = self.restart.draw(labels, self.generator)
+        return x if self.free is None else torch.where(self.free, x, held)
+
+    def _pictures(self) -> Tensor:
+        """Return the pictures that --from-images names."""
+        args = self.args
+        if args.from_images != "test":
+            return load_images(args.from_images, self.shape, args.num)
+        dataset = data.load(self.checkpoint["dataset"], args.data_dir, self.shape[1])
+        return dataset.test.images[: args.num]
+
+    def _run(
+        self, x: Tensor, steps: int, condition: Tensor | None, watched: bool = False
+    ) -> Tensor:
+        """Run chains; held pixels are put back after every step, frames are kept if watched."""
+        held, between = x, max(steps // FRAMES, 1)
+        piece = 1 if self.free is not None else between if watched else max(steps, 1)
+        if watched:
+            self.frames.append(x[:GRID_CHAINS])
+        for start in range(0, steps, piece):
+            end = min(start + piece, steps)
+            x = self.run_chains(
+                self.energy,
+                x,
+                end - start,
+                self.langevin,
+                labels=condition,
+                module=self.model,
+                generator=self.generator,
+            )
+            if self.free is not None:
+                x = torch.where(self.free, x, held)
+            if watched and (end % between == 0 or end == steps):
+                self.frames.append(x[:GRID_CHAINS])
+        return x
+
+    def _slots(self) -> Tensor:
+        """Choose --num different slots of the buffer: any, by turns of classes, or by energy."""
+        args, buffer = self.args, self.checkpoint["buffer"]
+        labels = buffer["labels"]
+        order = torch.randperm(len(labels), device=labels.device, generator=self.generator)
+        if args.by_energy and args.num <= len(labels):
+            order = marginal_energy(predict(self.model, buffer["images"])).argsort()
+            lowest, highest = order[: (args.num + 1) // 2], order[len(order) - args.num // 2 :]
+            slots = torch.cat([lowest, highest])
+        elif not args.class_label:
+            slots = order[: args.num]
+        else:
+            each = -(-args.num // len(args.class_label))
+            rows = [order[labels[order] == label][:each] for label in args.class_label]
+            fewest = min(map(len, rows))
+            slots = torch.stack([row[:fewest] for row in rows], dim=1).flatten()[: args.num]
+        if len(slots) < args.num:
+            raise UserError(
+                f"the replay buffer has {len(slots)} such chains, not {args.num}: "
+                "lower --num, or use --source fresh"
+            )
+        return slots
+
+
+def part_to_sample(part: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a mask (1, C, H, W), True for pixels to sample: of PARTS, or an image's white."""
+    channels, height, width = shape
+    everything = slice(None)
+    inner_rows = slice(height // 4, height - height // 4)
+    inner_columns = slice(width // 4, width - width // 4)
+    windows = {
+        "left": (everything, slice(width // 2)),
+        "right": (everything, slice(width // 2, None)),
+        "top": (slice(height // 2), everything),
+        "bottom": (slice(height // 2, None), everything),
+        "centre": (inner_rows, inner_columns),
+    }
+    free = torch.zeros(height, width, dtype=torch.bool)
+    if part in PARTS:
+        free[windows[part]] = True
+    else:
+        free = load_images(part, (1, height, width), 1)[0, 0] > 0
+    if not free.any() or free.all():
+        raise UserError(
+            f"--inpaint {part!r} leaves nothing to sample or nothing to hold: "
+            "part of it must be white, part black"
+        )
+    return free.expand(1, channels, height, width)
 
 
 @contextmanager
-def array_writer(path, shape):
-    """Yield a function that appends images (n, C, H, W) to `images` of an .npz of N in all, block by block.
+def array_writer(path: Path, shape: tuple[int, ...]) -> Iterator[Callable]:
+    """Yield a function that appends images (n, C, H, W) to `images` of an .npz, block by block.
 
-    path: the file, replaced once it is whole. shape: (N, C, H, W). The function's labels are gathered and written last.
+    path: the file, replaced once it is whole. shape: (N, C, H, W) in all. The function's labels are
+    gathered and written last. Raises UserError if the file cannot be written.
     """
     temporary, labels = Path(f"{path}.tmp"), []
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("images.npy", "w", force_zip64=True) as file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
                 np.lib.format.write_array_header_1_0(file, header)
 
-                def append(images, block_labels):
-                    file.write(np.ascontiguousarray(to_unit(images).float().cpu().numpy()).astype("<f4").tobytes())
+                def append(images: Tensor, block_labels: Tensor | None) -> None:
+                    pixels = to_unit(images).float().cpu().numpy()
+                    file.write(np.ascontiguousarray(pixels).astype("<f4").tobytes())
                     if block_labels is not None:
                         labels.append(block_labels.cpu().numpy())
 
@@ -166,45 +274,47 @@ def array_writer(path, shape):
                     np.lib.format.write_array(file, np.concatenate(labels))
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}): name another file with --save-array") from error
+        raise UserError(
+            f"cannot write {str(path)!r} ({error.strerror}): name another file with --save-array"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_against_checkpoint(args, checkpoint):
-    """Complete the flags whose defaults are the training's. Raises UserError for what the model cannot do."""
+def check_against_checkpoint(args: Namespace, checkpoint: Checkpoint) -> None:
+    """Complete the flags whose defaults depend on the checkpoint; UserError for what it lacks."""
     num_classes = checkpoint["model_config"]["num_classes"]
     for name in CONDITIONS:
         if (classes := getattr(args, name)) and max(classes) >= num_classes:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {max(classes)}: the model has the classes 0 to {num_classes - 1}")
+            last = num_classes - 1
+            raise UserError(f"{flag} {max(classes)}: the model has the classes 0 to {last}")
     if args.class_label and args.source == "buffer" and not checkpoint["conditional"]:
         raise UserError(
-            "the chains of this replay buffer have no class (it was trained without --p-xy-weight): use --source fresh"
+            "the chains of this replay buffer have no class (it was trained without "
+            "--p-xy-weight): use --source fresh"
         )
     if args.steps is None:
-        args.steps = 0 if args.source == "buffer" else runs.FRESH_STEPS
+        args.steps = 0 if args.source == "buffer" else FRESH_STEPS
         if args.from_images or args.interpolate:
             args.steps = DENOISING_STEPS if args.denoise else EDITING_STEPS
     if args.dry_run:
-        args.num, args.steps = max(DRY_RUN["num"], len(args.class_label or ())), min(DRY_RUN["steps"], args.steps)
+        args.num = max(DRY_RUN["num"], len(args.class_label or ()))
+        args.steps = min(DRY_RUN["steps"], args.steps)
 
 
-def grid_rows(images, labels, classes):
-    """Return the images (n, C, H, W) in the order of the grid and its columns: a square, or one row for each class."""
-    if labels is None:
+def grid_rows(
+    images: Tensor, labels: Tensor | None, classes: list[int] | None
+) -> tuple[Tensor, int]:
+    """Return images (n, C, H, W) in the grid's order, and its columns: a row for each class."""
+    if labels is None or classes is None:
         return images, math.ceil(math.sqrt(len(images)))
     rows = [images[labels == label] for label in classes]
     columns = min(map(len, rows))
     return torch.cat([row[:columns] for row in rows]), columns
 
 
-def pairs(starts, images, columns=4):
-    """Return starts and images (n, C, H, W) in the order of a grid of so many pairs a row, and its columns."""
-    return torch.stack([starts, images], dim=1).flatten(0, 1), 2 * columns
-
-
-def name_of(args):
+def name_of(args: Namespace) -> str:
     """Return the stem of the files that a drawing goes to."""
     words = ["samples", "images" if args.from_images else args.source]
     for name in CONDITIONS:
@@ -215,48 +325,53 @@ def name_of(args):
     return "-".join(words + ["denoise"] * bool(args.denoise) + ["by-energy"] * args.by_energy)
 
 
-def draw(chains, args):
+def draw(chains: Chains, args: Namespace) -> None:
     """Draw the chains that the flags ask for and write them."""
-    with runs.run_folder(args) as folder, ExitStack() as stack:
+    with output_folder(args) as folder, ExitStack() as stack:
         written = [folder / f"{name_of(args)}.png"]
         append = None
         if args.save_array:
             written.append(folder / "dry-run.npz" if args.dry_run else Path(args.save_array))
-            append = stack.enter_context(array_writer(written[1], (args.num, *chains.shape)))
-        shown = {"starts": [], "images": [], "labels": []}
-        for starts, images, labels in tqdm(chains.blocks(), total=-(-args.num // args.chunk_size), disable=None):
+            writer = array_writer(written[1], (args.num, *chains.shape))
+            append = stack.enter_context(writer)
+        shown: list[Block] = []
+        count, blocks = 0, -(-args.num // args.chunk_size)
+        for starts, images, labels in tqdm(chains.blocks(), total=blocks, disable=None):
             if append:
                 append(images, labels)
-            free = GRID_CHAINS - sum(map(len, shown["images"]))
-            for kind, values in (("starts", starts), ("images", images), ("labels", labels)) if free else ():
-                shown[kind].append(values[:free].clone() if values is not None else None)  # a view would keep its whole block
-        images = torch.cat(shown["images"])
-        count = len(images)
+            if free := GRID_CHAINS - count:
+                block = (starts, images, labels)  # copies: a view would keep its whole block
+                few = (None if x is None else x[:free].clone() for x in block)
+                shown.append(tuple(few))
+                count += len(shown[-1][0])
+        images = torch.cat([block[1] for block in shown])
         if args.interpolate:
             images, columns = chains.interpolate(images).flatten(0, 1), COLUMNS
-        elif args.from_images:
-            images, columns = pairs(torch.cat(shown["starts"]), images)
+        elif args.from_images:  # in pairs: where it started, where it ended
+            starts = torch.cat([block[0] for block in shown])
+            images, columns = torch.stack([starts, images], dim=1).flatten(0, 1), 8
         else:
-            images, columns = grid_rows(images, torch.cat(shown["labels"]) if args.class_label else None, args.class_label)
+            labels = torch.cat([block[2] for block in shown]) if args.class_label else None
+            images, columns = grid_rows(images, labels, args.class_label)
         plots.save_grid(images, written[0], columns)
         if args.animate:
             written.append(folder / f"{name_of(args)}.gif")
-            plots.save_animation(chains.frames, written[-1], math.ceil(math.sqrt(len(chains.frames[0]))))
+            side = math.ceil(math.sqrt(len(chains.frames[0])))
+            plots.save_animation(chains.frames, written[-1], side)
     if count < args.num:
         print(f"the grid shows {count} of the {args.num} images")
-    runs.report_files(args, written)
+    report_files(args, written)
 
 
-@cli.exits_cleanly
-def main(argv=None):
-    """Run the script with a list of arguments, or with the command line's."""
-    args = parse_args(argv)
-    device = runs.pick_device(args.device)
-    with parallel.group(device):
-        checkpoint = runs.load_checkpoint(args.checkpoint, "jem", device)
+@exits_cleanly
+def main(args: Namespace) -> None:
+    """Run the script with what `parse` returned."""
+    device = pick_device(args.device)
+    with processes(device) as ranks:
+        checkpoint = load_checkpoint(args.checkpoint, "jem", device)
         check_against_checkpoint(args, checkpoint)
-        chains = Chains(checkpoint, args, device)
-        if parallel.first():
+        chains = Chains(checkpoint, args, device, ranks)
+        if ranks.first:
             draw(chains, args)
         else:
             for _ in chains.blocks():
@@ -264,4 +379,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -4,27 +4,189 @@ An energy is a callable x -> (N,), low where x is likely. Langevin dynamics *des
 
     x <- x - step_size * dE/dx + noise_std * eps,    eps ~ N(0, I)
 
-which is equation 3 of arXiv 1912.03263 with the two scales set apart, as that paper's experiments do. The chains
-sample exp(-E / T) at the temperature T = noise_std**2 / (2 * step_size); T = 1 is the textbook choice.
+which is equation 3 of arXiv 1912.03263 with the two scales set apart, as that paper's experiments
+do. The chains sample exp(-E / T) at the temperature T = noise_std**2 / (2 * step_size); T = 1 is
+the textbook choice.
 
 This file needs torch alone and knows nothing of the rest of the project.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+
+Energy = Callable[..., Tensor]
+
+
+class Langevin(NamedTuple):
+    """The settings of a Langevin step.
+
+    step_size: > 0, multiplies the energy gradient.
+    noise_std: >= 0, in the units of x; 0 is plain gradient descent.
+    noise_first: add the noise before the gradient is taken, x' = x + noise_std * eps and
+        x <- x' - step_size * dE/dx'. These are the same dynamics seen half a step later, when a
+        chain is at its cleanest: its noise has been through the gradient once.
+    pixel_grad_clip: clip each coordinate of the gradient to [-pixel_grad_clip, pixel_grad_clip].
+    clamp: (low, high) that the new x is clamped to.
+    """
+
+    step_size: float
+    noise_std: float
+    noise_first: bool = False
+    pixel_grad_clip: float | None = None
+    clamp: tuple[float, float] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, naming the setting, for one that cannot mean anything."""
+        if not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size must be a positive number, not {self.step_size}")
+        if not 0 <= self.noise_std < float("inf"):
+            raise ValueError(f"noise_std must be 0 or a positive number, not {self.noise_std}")
+        if self.pixel_grad_clip is not None and not self.pixel_grad_clip > 0:
+            raise ValueError(
+                f"pixel_grad_clip must be positive or None, not {self.pixel_grad_clip}"
+            )
+        if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
+            raise ValueError(f"clamp must be (low, high) with low < high, not {self.clamp}")
+
+
+def energy_and_gradient(
+    energy: Energy, x: Tensor, labels: Tensor | None = None, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return E(x), shape (N,), and dE/dx, shaped like x, from one batched call.
+
+    energy: energy(x) -> (N,), or energy(x, labels) -> (N,) if labels are given; row i of the
+        result must depend on row i of x alone.
+    x: (N, ...) float. labels: (N, ...) or None.
+    create_graph: keep the graph, so that the gradient itself can be differentiated.
+
+    No parameter receives a gradient. Raises ValueError if the energy does not return (N,).
+    """
+    if not create_graph:
+        x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        values = energy(x) if labels is None else energy(x, labels)
+        if values.shape != (len(x),):
+            raise ValueError(
+                f"an energy must return shape ({len(x)},), one value a row; "
+                f"got {tuple(values.shape)}"
+            )
+        gradient = torch.autograd.grad(values.sum(), x, create_graph=create_graph)[0]
+    return values.detach(), gradient
+
+
+def langevin_step(
+    energy: Energy,
+    x: Tensor,
+    langevin: Langevin,
+    noise: Tensor | None = None,
+    labels: Tensor | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Take one Langevin step down the energy; x is left as it is.
+
+    noise: eps, shaped like x, or None without noise. The rest as in `energy_and_gradient`.
+    Returns the energies (N,) where the gradient is taken, and the new x.
+    """
+    if noise is not None and langevin.noise_first:
+        x = torch.add(x, noise, alpha=langevin.noise_std)
+    energies, gradient = energy_and_gradient(energy, x, labels, create_graph)
+    if langevin.pixel_grad_clip is not None:
+        gradient = gradient.clamp(-langevin.pixel_grad_clip, langevin.pixel_grad_clip)
+    x = torch.add(x, gradient, alpha=-langevin.step_size)
+    if noise is not None and not langevin.noise_first:
+        x = torch.add(x, noise, alpha=langevin.noise_std)
+    if langevin.clamp is not None:
+        x = x.clamp_(*langevin.clamp)
+    return energies, x
+
+
+def run_chains(
+    energy: Energy,
+    x: Tensor,
+    steps: int,
+    langevin: Langevin,
+    *,
+    labels: Tensor | None = None,
+    module: nn.Module | None = None,
+    chunk_size: int | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    return_trajectory: bool = False,
+    check: bool = True,
+    step: Callable[..., tuple[Tensor, Tensor]] = langevin_step,
+) -> Tensor:
+    """Run N Langevin chains for some steps, all of them in each batched call; return their ends.
+
+    energy, labels: as in `energy_and_gradient`. x: (N, ...) float, the start; left as it is.
+    module: the network behind the energy, held in eval mode with frozen parameters meanwhile (see
+        `frozen`); found without being named if the energy is a Module or a method of one.
+    chunk_size: chains in one call of the energy, which bounds the memory; None: all. The noise of
+        a step is drawn for all chains at once, so chunks change the result by rounding alone.
+    generator: torch.Generator on x's device: same seed, same chains, bit for bit on a CPU.
+    callback: called as callback(number, x, energies) in each step, numbered from 0, with the
+        chains where the gradient is taken and their energies (N,).
+    return_trajectory: return (steps + 1, N, ...) instead, from the start to the end.
+    check: look for values that are not finite, after the last step; a GPU is waited for once.
+    step: what takes one step, called like `langevin_step`; support/fast.py has a compiled one.
+
+    Returns (N, ...) float, detached. Raises ValueError for unusable arguments and
+    FloatingPointError, with the step, if an energy or the chains stop being finite.
+
+    At temperature 1, E = |x|^2 / 2 gives a standard normal distribution:
+
+    >>> def bowl(x):
+    ...     return x.square().sum(1) / 2
+    >>> textbook, generator = Langevin(0.02, 0.04**0.5), torch.Generator().manual_seed(0)
+    >>> x = run_chains(bowl, torch.zeros(10_000, 2), 300, textbook, generator=generator)
+    >>> [round(variance, 1) for variance in x.var(0).tolist()]
+    [1.0, 1.0]
+    """
+    langevin.check()
+    if steps < 0:
+        raise ValueError(f"steps must be 0 or more, not {steps}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}")
+    if labels is not None and len(labels) != len(x):
+        raise ValueError(f"labels must be one a chain: got {len(labels)} for {len(x)} chains")
+    x = x.detach()
+    trajectory, seen = [x], []  # looked at after the last step: no wait for a GPU inside the chain
+    with frozen(module or module_of(energy)):
+        for number in range(steps):
+            noise = None
+            if langevin.noise_std:
+                noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            parts = [
+                step(energy, part, langevin, *rest)
+                for part, *rest in _chunks(chunk_size, x, noise, labels)
+            ]
+            energies, new = (
+                parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+            )
+            if callback is not None:
+                first = noise is not None and langevin.noise_first
+                callback(number, x + langevin.noise_std * noise if first else x, energies)
+            x = new
+            if check:
+                seen.append(energies)
+            if return_trajectory:
+                trajectory.append(x)
+    if check:
+        check_finite(seen, x)
+    return torch.stack(trajectory) if return_trajectory else x
 
 
 @contextmanager
-def frozen(module):
-    """Hold a network in eval mode with frozen parameters, then put every single flag back as it was.
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """Hold a network in eval mode with frozen parameters, then put every flag back as it was.
 
-    module: torch.nn.Module or None (then nothing happens). Each submodule's `training` and each parameter's
-    `requires_grad` is restored by itself, also after an exception, so a network whose parts are in mixed modes
-    comes out as it went in.
+    Each submodule's `training` and each parameter's `requires_grad` is restored by itself, also
+    after an exception, so a network whose parts are in mixed modes comes out as it went in.
     """
     if module is None:
         yield
@@ -43,179 +205,25 @@ def frozen(module):
             parameter.requires_grad_(requires_grad)
 
 
-def energy_and_gradient(energy, x, labels=None, chunk_size=None):
-    """Return E(x), shape (N,), and dE/dx, shaped like x, from one batched call (or one for each chunk).
-
-    energy: callable, energy(x) -> (N,), or energy(x, labels) -> (N,) where labels are given; row i of the result
-        must depend on row i of x alone.
-    x: (N, ...) float.
-    labels: None or a tensor (N, ...) that is cut into chunks together with x.
-    chunk_size: rows a call; None takes all at once. It bounds the memory of the backward pass.
-
-    Only the gradient with respect to x is formed: no parameter receives one and no graph is kept.
-    Raises ValueError where the energy does not return one value for each row.
-    """
-
-    def of_chunk(x, labels):
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            values = energy(x) if labels is None else energy(x, labels)
-            if values.shape != (len(x),):
-                raise ValueError(f"an energy must return shape ({len(x)},), one value a row; got {tuple(values.shape)}")
-            return values.detach(), torch.autograd.grad(values.sum(), x)[0]
-
-    return _in_chunks(of_chunk, chunk_size, x, labels)
+def module_of(function: Callable) -> nn.Module | None:
+    """Return the network behind a function: the function itself, or the one it is a method of."""
+    owner = getattr(function, "__self__", function)
+    return owner if isinstance(owner, nn.Module) else None
 
 
-def _in_chunks(function, chunk_size, *tensors):
-    """Return what function(*tensors) does, a tuple of tensors, from calls on so many rows of each; None stays None."""
+def _chunks(size: int | None, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """Cut tensors (N, ...) into chunks of at most `size` rows; None stays None in each."""
     count = len(tensors[0])
-    if chunk_size is None or count <= chunk_size:
-        return function(*tensors)
-    cut = [[None] * -(-count // chunk_size) if tensor is None else tensor.split(chunk_size) for tensor in tensors]
-    return tuple(torch.cat(parts) for parts in zip(*map(function, *cut), strict=True))
+    if size is None or count <= size:
+        return [tensors]
+    none = [None] * -(-count // size)
+    return list(zip(*(none if x is None else x.split(size) for x in tensors), strict=True))
 
 
-def draw_noise(x, generator=None):
-    """Draw eps ~ N(0, I), shaped like x."""
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-
-
-def add_noise(x, noise_std, generator=None, noise=None):
-    """Return x + noise_std * eps, eps ~ N(0, I), drawn here unless it is given as noise.
-
-    With noise_std 0 nothing is drawn and x itself comes back.
-    """
-    if noise_std == 0:
-        return x
-    return torch.add(x, draw_noise(x, generator) if noise is None else noise, alpha=noise_std)
-
-
-def langevin_step(x, gradient, step_size, noise_std, *, pixel_grad_clip=None, clamp=None, generator=None, noise=None):
-    """Take one Langevin step down the energy: x - step_size * gradient + noise_std * eps.
-
-    x, gradient: (N, ...) float; gradient is dE/dx at x. Neither is changed.
-    step_size: > 0, multiplies the raw energy gradient.
-    noise_std: >= 0, in the units of x; 0 is plain gradient descent.
-    pixel_grad_clip: each coordinate of the gradient is clipped to [-pixel_grad_clip, pixel_grad_clip]; None: not.
-    clamp: (low, high) that the new x is clamped to; None: not.
-    generator: torch.Generator on x's device for eps. noise: eps itself, shaped like x, where it is drawn already.
-    """
-    if pixel_grad_clip is not None:
-        gradient = gradient.clamp(-pixel_grad_clip, pixel_grad_clip)
-    new = add_noise(torch.add(x, gradient, alpha=-step_size), noise_std, generator, noise)
-    if clamp is not None:
-        new.clamp_(*clamp)
-    return new
-
-
-def chain_step(energy, x, noise=None, labels=None, *, step_size, noise_std, noise_first, pixel_grad_clip, clamp):
-    """Take one step of `run_chains`, with eps given: returns the energies (N,) where the gradient is taken, and the new x.
-
-    energy, x, labels: as in `energy_and_gradient`. noise: eps, shaped like x, or None where noise_std is 0. The rest: as in
-    `run_chains`.
-    """
-    if noise_first:
-        x, noise_std = add_noise(x, noise_std, noise=noise), 0
-    values, gradient = energy_and_gradient(energy, x, labels)
-    settings = {"pixel_grad_clip": pixel_grad_clip, "clamp": clamp}
-    return values, langevin_step(x, gradient, step_size, noise_std, **settings, noise=noise)
-
-
-def run_chains(
-    energy, x, steps, step_size, noise_std, *, noise_first=False, labels=None, pixel_grad_clip=None, clamp=None,
-    module=None, chunk_size=None, generator=None, callback=None, return_trajectory=False, check=True, graphs=None,
-):  # fmt: skip
-    """Run N Langevin chains for some steps, all of them in each batched call, and return where they end.
-
-    energy, labels, chunk_size: as in `energy_and_gradient`. The noise of a step is drawn once for all chains,
-        so the result does not depend on chunk_size beyond rounding. An energy that has a method stepper is asked by
-        stepper(**settings), at the start of the chains, for what takes their steps: see `chain_step`, fast.Compiled.
-    x: (N, ...) float, the chains' start; left as it is.
-    steps: >= 0. step_size, noise_std, pixel_grad_clip, clamp: as in `langevin_step`.
-    noise_first: a step adds its noise before it takes the gradient, x' = x + noise_std * eps, x <- x' - step_size *
-        dE/dx', instead of after it. It is the same dynamics seen half a step later, at its cleanest: the noise that
-        a chain carries has been through the gradient once.
-    module: the torch.nn.Module behind the energy, held in eval mode with frozen parameters meanwhile and restored
-        exactly (see `frozen`); an energy that is itself a Module is found without it.
-    generator: torch.Generator on x's device: same seed, same chains, bit for bit on CPU.
-    callback: called as callback(step, x, energy) in each step with the step's number from 0, the chains where the
-        gradient is taken and their energies (N,).
-    return_trajectory: return (steps + 1, N, ...) instead, the start first and the end last.
-    check: look for values that are not finite, for which the host waits for a GPU once; False: leave that to the caller.
-    graphs: a fast.ChainGraphs, which captures the chain as a CUDA graph and replays it, or None. Chains that are watched,
-        by callback or return_trajectory, run without it.
-
-    Returns (N, ...) float, detached. Raises ValueError for unusable settings and FloatingPointError, with the step,
-    where an energy or the chains stop being finite.
-
-    At temperature 1, E = |x|^2 / 2 gives a standard normal distribution:
-
-    >>> def bowl(x):
-    ...     return x.square().sum(1) / 2
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> x = run_chains(bowl, torch.zeros(10_000, 2), 300, step_size=0.02, noise_std=0.04**0.5, generator=generator)
-    >>> [round(variance, 1) for variance in x.var(0).tolist()]
-    [1.0, 1.0]
-    """
-    check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size)
-    if module is None and isinstance(energy, torch.nn.Module):
-        module = energy
-    x = x.detach()
-    trajectory = [x]
-    settings = {
-        "step_size": step_size, "noise_std": noise_std, "noise_first": noise_first,
-        "pixel_grad_clip": pixel_grad_clip, "clamp": clamp,
-    }  # fmt: skip
-
-    def loop(x, labels, steps):
-        """Return where chains end after some steps, and, where they will be looked at, the energies (N,) of each step."""
-        stepper = getattr(energy, "stepper", None)
-        one_step = stepper(**settings) if stepper else partial(chain_step, energy, **settings)
-        energies = []  # stay on the device and are looked at once, after the last step: no synchronisation inside the chain
-        for step in range(steps):
-            noise = draw_noise(x, generator) if noise_std else None
-            values, new = _in_chunks(one_step, chunk_size, x, noise, labels)
-            if callback is not None:
-                callback(step, add_noise(x, noise_std, noise=noise) if noise_first else x, values)
-            if check:
-                energies.append(values)
-            x = new
-            if return_trajectory:
-                trajectory.append(x)
-        return x, energies
-
-    with frozen(module):
-        if graphs is None or callback is not None or return_trajectory:
-            x, energies = loop(x, labels, steps)
-        else:
-            key = (energy, chunk_size, check, *settings.values())
-            x, energies = graphs.chains(loop, x, labels, steps, generator, key)
-    if check:
-        _check_finite(energies, x)
-    return torch.stack(trajectory) if return_trajectory else x
-
-
-def _check_finite(energies, x):
-    """Raise FloatingPointError where chains x, or the energies of one of the steps that led there, are not finite."""
+def check_finite(energies: list[Tensor], x: Tensor) -> None:
+    """Raise FloatingPointError if chains, or the energies of a step that led there, are not finite."""
     if torch.isfinite(torch.cat([*energies, x.flatten()])).all():
         return
     step = [bool(torch.isfinite(part).all()) for part in (*energies, x)].index(False)
     what = "the chains are" if step == len(energies) else "the energy is"
     raise FloatingPointError(f"{what} not finite at Langevin step {step} of {len(energies)}")
-
-
-def check_settings(steps, step_size, noise_std, pixel_grad_clip, clamp, chunk_size):
-    """Refuse settings that cannot mean anything."""
-    if steps < 0:
-        raise ValueError(f"steps must be 0 or more, not {steps}")
-    if not 0 < step_size < float("inf"):
-        raise ValueError(f"step_size must be a positive number, not {step_size}")
-    if not 0 <= noise_std < float("inf"):
-        raise ValueError(f"noise_std must be 0 or a positive number, not {noise_std}")
-    if pixel_grad_clip is not None and not pixel_grad_clip > 0:
-        raise ValueError(f"pixel_grad_clip must be positive or None, not {pixel_grad_clip}")
-    if clamp is not None and not clamp[0] < clamp[1]:
-        raise ValueError(f"clamp must be (low, high) with low < high, not {clamp}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}")

@@ -1,69 +1,70 @@
-"""Train a classifier with cross-entropy: the starting point of a joint energy-based model, and its yardstick.
+"""Train a classifier with cross-entropy: where a JEM starts, and the yardstick beside it.
 
     python train_classifier.py --dataset digits
 
-writes classifier.pt (the weights of the best validation epoch), metrics.csv, curves.png and config.json.
+writes classifier.pt (the weights of the best validation epoch), metrics.csv, curves.png and
+config.json.
 """
 
 from __future__ import annotations
 
-import cli
-
-
-def build_parser():
-    """Return the parser of this script's command line."""
-    parser = cli.Parser(__doc__)
-    cli.add_data_flags(parser)
-    cli.add_model_flags(parser)
-    cli.add_optimisation_flags(parser)
-    cli.add_rerun_flags(cli.add_run_flags(parser))
-    return parser
-
+try:
+    from sgld_nrg.support.commands import parse
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; run: pip install -r requirements.txt") from None
 
 if __name__ == "__main__":
-    cli.parse(build_parser())  # --help and mistyped flags answer here, before torch is loaded
+    args = parse("train_classifier", doc=__doc__)  # here, so that --help answers before torch loads
 
-import functools
 import math
+from argparse import Namespace
+from pathlib import Path
 
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-import data
-import parallel
-import runs
-from models import predict
-from training import Training
+from sgld_nrg.models import load_model, predict
+from sgld_nrg.support.augment import augmented
+from sgld_nrg.support.checkpoints import Checkpoint, load_for_all
+from sgld_nrg.support.data import Split
+from sgld_nrg.support.errors import UserError, exits_cleanly
+from sgld_nrg.support.log import report_files
+from sgld_nrg.support.parser import plain
+from sgld_nrg.support.training import Setup, Training, model_config_from, set_up
+
+OUTPUTS = ("classifier.pt", "curves.png", "metrics.csv", "config.json")
+PRETRAINING_SHARE = 0.2  # of --max-minutes, at most
+AGAIN = "the same command again goes on with it"
 
 
-def evaluate(model, split):
-    """Return (mean cross-entropy in nat, accuracy in 0..1) of a network on a data.Split."""
-    logits = predict(model, split.images)
-    labels = split.labels.to(logits.device)
-    return cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+def train(
+    args: Namespace,
+    setup: Setup,
+    resumed: Checkpoint | None = None,
+    max_minutes: float | None = None,
+    go_on: str | None = None,
+) -> Checkpoint:
+    """Train a classifier and return its checkpoint, the dict that then lies in classifier.pt.
 
-
-def objective(run, images, labels):
-    """Return the cross-entropy of a batch, and what is logged of it."""
-    logits = run.logits(images, run.wrapped)
-    loss = cross_entropy(logits, labels)
-    return loss, {"cross_entropy": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
-
-
-def train(args, dataset, folder, device, resumed=None, max_minutes=None):
-    """Train a classifier and return its checkpoint, the dict that then lies in folder/classifier.pt.
-
-    args: the parsed flags of this script; train_jem.py's have them too. dataset: data.Dataset. folder: pathlib.Path.
-    resumed: the checkpoint of a stopped run, to go on from. max_minutes: wall-clock budget or None.
-    "model" in the checkpoint holds the averaged weights of the epoch with the lowest validation cross-entropy.
+    args: the flags of this script; train_jem.py's have them too. resumed: the checkpoint of a
+    stopped run. max_minutes: wall-clock budget. go_on: as in `Training.open`.
+    "model" in the checkpoint holds the averaged weights of the epoch with the lowest validation
+    cross-entropy.
     """
-    run = Training(args, dataset, folder, "classifier", device, resumed=resumed, max_minutes=max_minutes)
-    checkpoint = resumed
-    best = {name: resumed[name] for name in ("model", "val_cross_entropy")} if resumed else {"val_cross_entropy": math.inf}
+    run = Training(args, setup, "classifier", resumed=resumed, max_minutes=max_minutes)
+    run.open(go_on)
+    best, checkpoint = {"val_cross_entropy": math.inf}, resumed
+    if resumed:
+        best = {name: resumed[name] for name in ("model", "val_cross_entropy")}
     for images, labels in run.batches():
-        run.update(run.gradients(functools.partial(objective, run, run.augmented(images), labels)))
+        logits = run.logits_for_loss(augmented(images, args, run.generator))
+        loss = cross_entropy(logits, labels)
+        run.backward(loss)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        run.update({"cross_entropy": loss.detach(), "accuracy": accuracy})
 
         if run.epoch_ends():
-            val_loss, val_accuracy = evaluate(run.averaged, dataset.val)
+            val_loss, val_accuracy = evaluate(run.averaged, setup.dataset.val)
             run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
             if val_loss < best["val_cross_entropy"]:
                 best = {"model": run.averaged_weights(), "val_cross_entropy": val_loss}
@@ -72,30 +73,58 @@ def train(args, dataset, folder, device, resumed=None, max_minutes=None):
                 "model_config": run.model_config,
                 "model": run.averaged_weights(),  # until an epoch has ended
                 **best,
-                "dataset": dataset.name,
-                "args": runs.plain_arguments(args),
-                "finished": run.done >= 1,
+                "dataset": setup.dataset.name,
+                "args": plain(args),
+                "finished": run.progress >= 1,
                 "training": run.state_dict(),
             }
-            run.save(checkpoint)
+            run.journal.save(checkpoint)
+    assert checkpoint is not None
     return checkpoint
 
 
-@cli.exits_cleanly
-def main(argv=None):
-    """Run the script with a list of arguments, or with the command line's."""
-    args = cli.parse(build_parser(), argv)
-    device = runs.pick_device(args.device)
-    with parallel.group(device), runs.run_folder(args) as folder:
-        resumed = runs.open_checkpoint(folder / "classifier.pt", args)
-        with parallel.first_on_each_node():
-            dataset = data.load(args.dataset, args.data_dir, args.image_size)
-        print(cli.describe_settings(args), flush=True)
-        checkpoint = train(args, dataset, folder, device, resumed, args.max_minutes)
-        _, accuracy = evaluate(runs.load_model(checkpoint, device), dataset.test)
-        runs.report_files(args, [folder / name for name in ("classifier.pt", "curves.png", "metrics.csv", "config.json")])
+def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
+    """Return the classifier that a JEM starts from.
+
+    It comes from --classifier, else from classifier.pt in the run's folder, which is trained if it
+    is missing or unfinished. Raises UserError if it has another architecture or data set.
+    """
+    path = Path(args.classifier or setup.folder / "classifier.pt")
+    found = load_for_all(path, "classifier", setup.ranks, optional=not args.classifier)
+    if found is None or not (found["finished"] or args.classifier):
+        print(f"no finished classifier in {setup.folder}: training one first", flush=True)
+        args = Namespace(**{**vars(args), "epochs": args.pretrain_epochs})
+        budget = args.max_minutes and args.max_minutes * PRETRAINING_SHARE
+        found = train(args, setup, found, budget, AGAIN)
+    else:
+        print(f"starting from the classifier {path}", flush=True)
+    wanted, name = model_config_from(args, setup.dataset), setup.dataset.name
+    if found["model_config"] != wanted or found["dataset"] != name:
+        raise UserError(
+            f"the classifier {str(path)!r} was trained on {found['dataset']} with "
+            f"{found['model_config']}, and this run is for {name} with {wanted}: "
+            "give the same --arch, --width and --depth, or another --classifier"
+        )
+    return found
+
+
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Return the mean cross-entropy [nat] and the accuracy [0..1] of a network on a split."""
+    logits = predict(model, split.images)
+    labels = split.labels.to(logits.device)
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return cross_entropy(logits, labels).item(), accuracy.item()
+
+
+@exits_cleanly
+def main(args: Namespace) -> None:
+    """Run the script with what `parse` returned."""
+    with set_up(args, "classifier") as (setup, resumed):
+        checkpoint = train(args, setup, resumed, args.max_minutes)
+        _, accuracy = evaluate(load_model(checkpoint, setup.device), setup.dataset.test)
+        report_files(args, [setup.folder / name for name in OUTPUTS])
         print(f"test accuracy: {100 * accuracy:.2f} %")
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

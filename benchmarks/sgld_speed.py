@@ -1,9 +1,9 @@
-"""Time the Langevin step: ours, the paper's, and the machine's matrix product as the limit, alternating in one run.
+"""Time the Langevin step: ours, the paper's, and the machine's matrix product as the limit.
 
     python benchmarks/sgld_speed.py --rounds 3 --batches 64 --steps 5
 
-For each network, batch and number of steps K every method runs in turn, round after round, and the median counts. With
---candidates also what could make the step cheaper, one thing at a time. It writes speed.json, speed.md and speed.png.
+For each network, batch and number of steps K every method runs by turns, round after round, and the
+median counts. It writes speed.json, speed.md and speed.png.
 """
 
 from __future__ import annotations
@@ -15,209 +15,123 @@ import shlex
 import statistics
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-import cli
+from sgld_nrg.models import build_model, energy_of, marginal_energy
+from sgld_nrg.sgld import Langevin, frozen, run_chains
+from sgld_nrg.support import fast, flags, plots
+from sgld_nrg.support.devices import pick_device, pick_precision
+from sgld_nrg.support.errors import UserError, exits_cleanly
+from sgld_nrg.support.layers import BlockStem, FlattenLast, HalvingConv, MapHead
+from sgld_nrg.support.parser import Parser, flag, positive_int
+from sgld_nrg.support.presets import MNIST
 
-PRESET = cli.PRESETS["mnist"]
-OF_MNIST = {name: PRESET[name] for name in ("arch", "width", "depth", "stem_stride")} | {"channels": 1, "image_size": 28}
-WIDE_RESNET = {"arch": "wide-resnet", "stem_stride": 1, "channels": 3, "image_size": 32}
-# The second is the first with small windows from the start: halving layers bring it to the maps that the first begins with.
+SHAPE = ("arch", "width", "depth", "stem_stride")
+OF_MNIST: dict[str, Any] = {name: MNIST[name] for name in SHAPE} | {"channels": 1, "image_size": 28}
+WIDE_RESNET: dict[str, Any] = {
+    "arch": "wide-resnet",
+    "stem_stride": 1,
+    "channels": 3,
+    "image_size": 32,
+}
+# The second has small windows from the start: halving layers bring it to the first one's maps.
 NETWORKS = {
     "small-cnn": OF_MNIST,
-    "small-cnn, first layer 3x3": {
-        **OF_MNIST, "stem_stride": 1, "width": OF_MNIST["width"] // OF_MNIST["stem_stride"],
+    "small-cnn, first layer 3x3": OF_MNIST
+    | {
+        "stem_stride": 1,
+        "width": OF_MNIST["width"] // OF_MNIST["stem_stride"],
         "depth": OF_MNIST["depth"] + OF_MNIST["stem_stride"].bit_length() - 1,
     },
     "wide-resnet 10-2": WIDE_RESNET | {"width": 2, "depth": 10},
     "wide-resnet 28-10": WIDE_RESNET | {"width": 10, "depth": 28},
-}  # fmt: skip
+}
 MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side of the matrices whose product is the limit
-SGLD = {name: PRESET[name] for name in ("step_size", "noise_std", "noise_first", "pixel_grad_clip")}  # the paper clamps nothing
+# the paper clamps nothing
+LANGEVIN = Langevin(
+    MNIST["step_size"], MNIST["noise_std"], MNIST["noise_first"], MNIST["pixel_grad_clip"]
+)
+OURS = (BlockStem, HalvingConv, FlattenLast, MapHead)
+FLAGS = (
+    flag("--networks", str, "networks to time", list(NETWORKS)[:3], nargs="+", choices=NETWORKS),
+    flag("--batches", positive_int, "images at once", [16, 64, 256, 1024], nargs="+"),
+    flag("--steps", positive_int, "Langevin steps K of a run", [1, 5, 20, 100], nargs="+"),
+    flag("--rounds", positive_int, "timings of each method, taken by turns", 7),
+    flags.DEVICE,
+    flag("--compile", bool, "also time our step compiled"),
+    flag("--cuda-graph", bool, "also time our chain, compiled or not, as a CUDA graph"),
+    flags.OUT_DIR._replace(default="results/speed"),
+)
+
+Chains = Callable[[Tensor, int], Tensor]
 
 
-def parse_args(argv=None):
-    """Parse a command line; contradictory flags end the program with one sentence and exit code 2."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3], help="networks to time")
-    parser.add_argument("--batches", type=cli.positive_int, nargs="+", default=[16, 64, 256, 1024], help="images at once")
-    parser.add_argument("--steps", type=cli.positive_int, nargs="+", default=[1, 5, 20, 100], help="Langevin steps K of a run")
-    parser.add_argument("--rounds", type=cli.positive_int, default=7, help="timings of each method, taken by turns")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--compile", action="store_true", help="also time our step compiled")
-    parser.add_argument("--cuda-graph", action="store_true", help="also time our chain, compiled or not, as a CUDA graph")
-    parser.add_argument("--candidates", action="store_true", help="also time what could make the step cheaper, part by part")
-    parser.add_argument("--out-dir", default="results/speed", help="folder that receives everything the script writes")
-    return parser.parse_args(argv)
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """Read a list of arguments, or the command line's."""
+    return Parser(__doc__, (("measurement", FLAGS),)).parse(argv)
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags answer here, before torch is loaded
+def paper_chains(model: nn.Module, x: Tensor, steps: int) -> Tensor:
+    """Run chains as the paper's published code does: float32, graph and parameters' gradients kept.
 
-import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
-import fast
-import plots
-import runs
-from models import BlockStem, FlattenLast, HalvingConv, MapHead, build_model, energy
-from sgld import energy_and_gradient, frozen, run_chains
-
-
-def paper_chains(model, x, steps):
-    """Run chains as the paper's published code does: float32, the energy's graph retained, parameters wanting gradients.
-
-    The step is x.data += dlogsumexp/dx + 0.01 * noise. Source: arXiv 1912.03263, algorithm 1, and the description of its
-    code; written anew here.
+    The step is x.data += dlogsumexp/dx + 0.01 * noise. Source: arXiv 1912.03263, algorithm 1, and
+    the description of its code; written anew here.
     """
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     x = x.clone().requires_grad_()
     for _ in range(steps):
-        gradient = torch.autograd.grad(model(x).logsumexp(1).sum(), [x], retain_graph=True)[0]
+        likelihood = model(x).logsumexp(1).sum()
+        gradient = torch.autograd.grad(likelihood, [x], retain_graph=True)[0]
         x.data += gradient + 0.01 * torch.randn_like(x)
     model.train()
     return x.detach()
 
 
-def chains_of(energy_of, module, graphs=None):
-    """Return a callable (x, steps) that runs our chains on an energy."""
-    return lambda x, steps: run_chains(energy_of, x, steps, **SGLD, module=module, graphs=graphs)
-
-
-def methods(model, device, args):
-    """Return {name: callable (x, steps)} of every way to run chains that this machine has."""
-    now = runs.chain_energy(model, device, runs.pick_precision("auto", device))
-    energies = {"ours": now, "ours, float32": runs.chain_energy(model, device, "float32")}
-    if args.compile:
-        energies["ours, compiled"] = fast.Compiled(now, model)
-    ours = {name: chains_of(energy_of, model) for name, energy_of in energies.items()}
-    if args.cuda_graph:
-        del energies["ours, float32"]
-        graphs = fast.ChainGraphs()
-        ours |= {f"{name}, CUDA graph": chains_of(energy_of, model, graphs) for name, energy_of in energies.items()}
-    plain = by_the_library(model, (BlockStem, HalvingConv, FlattenLast, MapHead)).to(memory_format=torch.contiguous_format)
-    return {
-        **ours,
-        "the paper's": lambda x, steps: paper_chains(plain, x, steps),
-        "the paper's, on our layers": lambda x, steps: paper_chains(model, x, steps),
-        **other_library(model),
-    }
-
-
-def loop(energy_and_slope, model, one_call=False, in_place=False):
-    """Return a callable (x, steps) of the bare chain: run_chains without its checks, for what varies inside the loop."""
-
-    def run(x, steps):
-        """Run chains from x, which is left as it is."""
-        x = x.clone()
-        with frozen(model):
-            eps = torch.randn((steps, *x.shape), device=x.device) if one_call else None
-            for step in range(steps):
-                noise = eps[step] if one_call else torch.randn_like(x)
-                x = x.add_(noise, alpha=SGLD["noise_std"]) if in_place else x + SGLD["noise_std"] * noise
-                slope = energy_and_slope(x)[1]
-                clip = SGLD["pixel_grad_clip"]
-                slope = slope.clamp_(-clip, clip) if in_place else slope.clamp(-clip, clip)
-                x = x.sub_(slope, alpha=SGLD["step_size"]) if in_place else x - SGLD["step_size"] * slope
-        return x
-
-    return run
-
-
-def by_the_library(model, kind):
-    """Return a copy of a network whose layers of one of our kinds, or of several, are those of torch that they derive from."""
+def plain_layers(model: nn.Module) -> nn.Module:
+    """Return a copy of a network whose layers are those of torch that ours derive from."""
     copied = copy.deepcopy(model)
     for layer in copied.modules():
-        if isinstance(layer, kind):
-            layer.__class__ = type(layer).__base__  # with the weights as they lie in memory, on the device where they are
-    return copied
+        if isinstance(layer, OURS):
+            layer.__class__ = type(layer).__base__
+    return copied.to(memory_format=torch.contiguous_format)
 
 
-def candidates(model, x):
-    """Return {name: callable (x, steps)} of what could make the step of the MNIST preset's network cheaper, or did.
+def methods(model: nn.Module, device: torch.device, args: Namespace) -> dict[str, Chains]:
+    """Return {name: callable (x, steps)} of every way to run chains that was asked for."""
+    now = energy_of(model, pick_precision("auto", device))
+    runners = {"ours": run_chains}
+    if args.compile:
+        runners["ours, compiled"] = fast.Compiled(model).run_chains
+    if args.cuda_graph:
+        graphs = {
+            f"{name}, CUDA graph": fast.in_graphs(fast.Graphs(), chains)
+            for name, chains in runners.items()
+        }
+        runners |= graphs
 
-    x: (N, C, H, W) float, images of the shape that will be asked for; on their device everything is to run.
-    """
-    device = x.device
-    precision = runs.pick_precision("auto", device)
-    now = runs.chain_energy(model, device, precision)
-    plain, library = by_the_library(model, BlockStem), by_the_library(model, HalvingConv)
-    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    cast = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
+    def with_runner(chains: fast.Chains, energy: Callable = now) -> Chains:
+        return lambda x, steps: chains(energy, x, steps, LANGEVIN, module=model)
 
-    def cast_energy(x):
-        return energy(torch.func.functional_call(model, cast, x.bfloat16()).float())
-
-    def one_thread(x, steps):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return chains_of(now, model)(x, steps)
-        finally:
-            torch.set_num_threads(threads)
-
-    def slope(x):
-        return energy_and_gradient(now, x)
-
-    with frozen(model):
-        graph = make_fx(slope)(x)
+    plain = plain_layers(model)
     return {
-        "as it is": chains_of(now, model),
-        "first layer as one strided convolution": chains_of(runs.chain_energy(plain, device, precision), plain),
-        "strided layers by the convolution library": chains_of(runs.chain_energy(library, device, precision), library),
-        "float32": chains_of(runs.chain_energy(model, device, "float32"), model),
-        "weights not channels_last": chains_of(runs.chain_energy(contiguous, device, precision), contiguous),
-        "weights kept cast to bf16": chains_of(cast_energy, model),
-        "parameters wanting gradients": chains_of(now, None),
-        "without the checks for finite values": loop(slope, model),
-        "the same, updates in place": loop(slope, model, in_place=True),
-        "the same, all noise in one call": loop(slope, model, one_call=True),
-        "the same, a traced graph without autograd": loop(graph, model),
-        "one thread": one_thread,
+        **{name: with_runner(chains) for name, chains in runners.items()},
+        "ours, float32": with_runner(run_chains, energy_of(model, "float32")),
+        "the paper's": lambda x, steps: paper_chains(plain, x, steps),
+        "the paper's, on our layers": lambda x, steps: paper_chains(model, x, steps),
     }
 
 
-def time_candidates(args, device):
-    """Time the candidates by turns at the MNIST preset's batch and K; returns [{name, milliseconds_per_step, spread}]."""
-    torch.manual_seed(0)
-    model = build_model(num_classes=10, **OF_MNIST).to(device)
-    x, steps = 2 * torch.rand(PRESET["chain_batch_size"], 1, 28, 28, device=device) - 1, PRESET["steps"]
-    work = candidates(model, x)
-    taken = {name: [] for name in work}
-    for round_ in range(4 * args.rounds + 1):
-        for name, call in work.items():
-            elapsed = 1000 * seconds(lambda call=call: call(x, steps), device) / steps
-            if round_:  # the first warms up
-                taken[name].append(elapsed)
-    rows = []
-    for name, values in taken.items():
-        middle = statistics.median(values)
-        quarters = statistics.quantiles(values, n=4)
-        rows.append({"name": name, "milliseconds_per_step": middle, "spread": (quarters[2] - quarters[0]) / middle})
-    return rows
-
-
-def other_library(model):
-    """Return ebmkit's Langevin step on the same energy with the same settings, where that package is installed."""
-    try:
-        from ebm.jem import ClassifierEnergy
-        from ebm.samplers.langevin import LangevinDynamics
-    except ImportError:
-        return {}
-
-    sampler = LangevinDynamics(SGLD["step_size"], 1, SGLD["noise_std"], SGLD["pixel_grad_clip"])
-    energy_model = ClassifierEnergy(model)
-    return {"ebmkit": lambda x, steps: sampler.sample(energy_model, x, steps=steps)}
-
-
-def seconds(work, device):
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Return how long a call takes."""
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronise()
@@ -227,113 +141,143 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
-def matrix_products(device):
-    """Return {precision: callable} of one square matrix product each, of what the machine has: its limit."""
-    pairs = {"float32": torch.float32}
-    if runs.pick_precision("auto", device) == "bf16":
-        pairs["bf16"] = torch.bfloat16
+def matrix_products(device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Return {precision: callable} of one square matrix product each: the machine's limit."""
+    kinds = {"float32": torch.float32}
+    if pick_precision("auto", device) == "bf16":
+        kinds["bf16"] = torch.bfloat16
     side = MATRIX[device.type]
-    factors = {name: torch.randn(2, side, side, device=device).to(kind) for name, kind in pairs.items()}
+    factors = {name: torch.randn(2, side, side, device=device).to(kinds[name]) for name in kinds}
     return {name: lambda pair=pair: pair[0] @ pair[1] for name, pair in factors.items()}
 
 
-def operations(model, x):
-    """Return the floating-point operations of one Langevin step per image: forward, and backward to the pixels."""
+def operations(model: nn.Module, x: Tensor) -> float:
+    """Return the floating-point operations of one Langevin step per image, forward and backward."""
     with frozen(model), FlopCounterMode(display=False) as counter:
-        energy(model(x.clone().requires_grad_())).sum().backward()  # the counter does not know torch.autograd.grad
+        # backward, because the counter does not know torch.autograd.grad
+        marginal_energy(model(x.clone().requires_grad_())).sum().backward()
     return counter.get_total_flops() / len(x)
 
 
-def time_chains(name, batch, steps, args, device):
-    """Time all methods by turns on one network, batch and K; returns a row {method: {...}} for each."""
+def time_chains(
+    name: str, batch: int, steps: int, args: Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    """Time all methods by turns on one network, batch and K; returns a row for each."""
     torch.manual_seed(0)
     shape = NETWORKS[name]
-    model = build_model(num_classes=10, **shape).to(device)
-    x = 2 * torch.rand(batch, shape["channels"], shape["image_size"], shape["image_size"], device=device) - 1
+    model, side = build_model(num_classes=10, **shape).to(device), shape["image_size"]
+    x = 2 * torch.rand(batch, shape["channels"], side, side, device=device) - 1
     each, work = operations(model, x[:2]), methods(model, device, args)
     limits = matrix_products(device)
     for call in (*work.values(), *work.values()):
-        call(x, steps)  # warms up: what is compiled is so the first time, what is captured the second
-    taken = {name: [] for name in (*work, *limits)}
+        call(x, steps)  # warms up: the first time compiles, the second captures
+    taken: dict[str, list[float]] = {name: [] for name in (*work, *limits)}
     for _ in range(args.rounds):
         for method, call in work.items():
             taken[method].append(seconds(lambda call=call: call(x, steps), device))
-        for precision, call in limits.items():
-            call()
-            taken[precision].append(seconds(call, device))
-    rates = {precision: 2 * MATRIX[device.type] ** 3 / statistics.median(taken[precision]) for precision in limits}
-    reference = statistics.median(taken["the paper's"])
+        for precision, product in limits.items():
+            product()
+            taken[precision].append(seconds(product, device))
+    middle = {name: statistics.median(values) for name, values in taken.items()}
+    rates = {precision: 2 * MATRIX[device.type] ** 3 / middle[precision] for precision in limits}
     rows = []
     for method in work:
-        middle = statistics.median(taken[method])
-        low_precision = "bf16" in rates and method.startswith("ours") and method != "ours, float32"
-        limit = rates["bf16" if low_precision else "float32"]
-        rows.append({
-            "network": name, "batch": batch, "steps": steps, "method": method,
-            "image_steps_per_second": batch * steps / middle,
-            "milliseconds_per_step": 1000 * middle / steps,
-            "spread": (max(taken[method]) - min(taken[method])) / middle,
-            "times_the_papers": reference / middle,
-            "share_of_limit": batch * steps / middle * each / limit,
-            "limit_gflops": limit / 1e9,
-        })  # fmt: skip
+        ours = method.startswith("ours") and method != "ours, float32"
+        limit = rates["bf16" if ours and "bf16" in rates else "float32"]
+        time_taken, spread = middle[method], max(taken[method]) - min(taken[method])
+        rows.append(
+            {
+                "network": name,
+                "batch": batch,
+                "steps": steps,
+                "method": method,
+                "image_steps_per_second": batch * steps / time_taken,
+                "milliseconds_per_step": 1000 * time_taken / steps,
+                "spread": spread / time_taken,
+                "times_the_papers": middle["the paper's"] / time_taken,
+                "share_of_limit": batch * steps / time_taken * each / limit,
+                "limit_gflops": limit / 1e9,
+            }
+        )
     return rows
 
 
-def markdown(args, rows, parts):
-    """Return the tables."""
-    lines = [f"Made by `python benchmarks/sgld_speed.py {shlex.join(args.given)}`, {args.machine}.", ""]
-    columns = ["network", "batch", "K", "method", "ms a step", "spread", "image-steps/s", "times the paper's", "of the limit"]
+def markdown(args: Namespace, machine: str, rows: list[dict[str, Any]], given: str) -> str:
+    """Return the table."""
+    lines = [f"Made by `python benchmarks/sgld_speed.py {given}`, {machine}.", ""]
+    columns = ["network", "batch", "K", "method", "ms a step", "spread", "image-steps/s"]
+    columns += ["times the paper's", "of the limit"]
     lines += ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for row in rows:
         lines.append(
-            f"| {row['network']} | {row['batch']} | {row['steps']} | {row['method']} | {row['milliseconds_per_step']:.4g} | "
-            f"{100 * row['spread']:.0f} % | {row['image_steps_per_second']:,.0f} | {row['times_the_papers']:.2f} | "
+            f"| {row['network']} | {row['batch']} | {row['steps']} | {row['method']} | "
+            f"{row['milliseconds_per_step']:.4g} | {100 * row['spread']:.0f} % | "
+            f"{row['image_steps_per_second']:,.0f} | {row['times_the_papers']:.2f} | "
             f"{100 * row['share_of_limit']:.0f} % of {row['limit_gflops']:,.0f} GFLOP/s |"
         )
-    if parts:
-        now = parts[0]["milliseconds_per_step"]
-        lines += [
-            "",
-            f"The step of the MNIST preset (batch {PRESET['chain_batch_size']}, K {PRESET['steps']}), "
-            "changed in one thing each; spread is between quartiles:",
-            "",
-        ]
-        lines += ["| | ms a step | spread | times as long |", "| --- | --- | --- | --- |"]
-        for row in parts:
-            cost = row["milliseconds_per_step"]
-            lines.append(f"| {row['name']} | {cost:.2f} | {100 * row['spread']:.0f} % | {cost / now:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-@cli.exits_cleanly
-def main(argv=None):
-    """Run the script with a list of arguments, or with the command line's."""
-    args = parse_args(argv)
-    args.given = sys.argv[1:] if argv is None else argv
-    device = runs.pick_device(args.device)
+def save_figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw image-steps per second: a column for each network, against the batch and against K.
+
+    The one that is held is the middle of those measured.
+    """
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    values = {name: sorted({row[name] for row in rows}) for name in ("batch", "steps")}
+    words = {"batch": "batch", "steps": "K"}
+    pairs = (("batch", "steps"), ("steps", "batch"))
+    lines = [pair for pair in pairs if len(values[pair[0]]) > 1] or [("batch", "steps")]
+    figure, axes = plots.panels_of(len(lines), len(networks), 3.6, 2.7)
+    for line, (along, held) in enumerate(lines):
+        fixed = values[held][(len(values[held]) - 1) // 2]
+        for axis, network in zip(axes[line], networks, strict=True):
+            for name, colour in zip(names, itertools.cycle(plots.SERIES_COLOURS), strict=False):
+                wanted = (network, name, fixed)
+                points = [
+                    (row[along], row["image_steps_per_second"])
+                    for row in rows
+                    if (row["network"], row["method"], row[held]) == wanted
+                ]
+                style = {"marker": ".", "color": colour, "linewidth": 1.2}
+                axis.plot(*zip(*points, strict=True), label=name, **style)
+            axis.set(title=f"{network}, {words[held]} {fixed}", xlabel=words[along])
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(values[along], values[along])
+            axis.set_xticks([], minor=True)
+            axis.grid(alpha=0.3, which="both")
+        axes[line, 0].set_ylabel("image-steps per second")
+    plots.legend(figure, axes, ncols=1 + len(networks))
+    plots.finish(figure, path)
+
+
+@exits_cleanly
+def main(args: Namespace) -> None:
+    """Run the script with what `parse` returned."""
+    device = pick_device(args.device)
     if args.cuda_graph and device.type != "cuda":
-        raise cli.UserError(
-            f"--cuda-graph needs a CUDA device, and this is {str(device)!r}: leave it out, or name another --device"
+        raise UserError(
+            f"--cuda-graph needs a CUDA device, and this is {str(device)!r}: "
+            "leave it out, or name another --device"
         )
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
-    args.machine = f"torch {torch.__version__}, {where}"
+    machine = f"torch {torch.__version__}, {where}"
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = list(itertools.product(args.networks, args.batches, args.steps))
     rows = []
+    wanted = list(itertools.product(args.networks, args.batches, args.steps))
     for name, batch, steps in tqdm(wanted, disable=None):
         rows += time_chains(name, batch, steps, args, device)
-    parts = time_candidates(args, device) if args.candidates else None
-    (folder / "speed.json").write_text(
-        json.dumps({"machine": args.machine, "rows": rows, "candidates": parts}, indent=1) + "\n"
-    )
-    (folder / "speed.md").write_text(markdown(args, rows, parts))
-    plots.save_speed(rows, folder / "speed.png")
-    print(markdown(args, rows, parts))
+    found = {"machine": machine, "rows": rows}
+    (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = markdown(args, machine, rows, shlex.join(sys.argv[1:]))
+    (folder / "speed.md").write_text(text)
+    save_figure(rows, folder / "speed.png")
+    print(text)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse())

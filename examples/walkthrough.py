@@ -2,8 +2,9 @@
 
     python examples/walkthrough.py
 
-A plain script whose cells (# %%) an editor or Jupyter runs one by one. It writes its pictures to results/walkthrough, or to
-the folder in OUT; ITERATIONS in the environment shortens or lengthens the two trainings.
+A plain script whose cells (# %%) an editor or Jupyter runs one by one. It writes its pictures to
+results/walkthrough, or to the folder in OUT; ITERATIONS in the environment shortens or lengthens
+the two trainings.
 """
 
 # %% [markdown]
@@ -11,21 +12,26 @@ the folder in OUT; ITERATIONS in the environment shortens or lengthens the two t
 
 # %%
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import data
-import metrics
-import plots
-from models import build_model, energy, joint_energy, predict
-from restarts import GaussianRestart, UniformRestart
-from sgld import run_chains
-from train_jem import ReplayBuffer, energy_loss, energy_regulariser
+from sgld_nrg import (
+    GaussianRestart,
+    Langevin,
+    ReplayBuffer,
+    UniformRestart,
+    energy_loss,
+    energy_regulariser,
+    joint_energy,
+    marginal_energy,
+    run_chains,
+)
+from sgld_nrg.models import build_model, energy_of, predict
+from sgld_nrg.support import data, metrics, plots
+from sgld_nrg.support.ood import load_ood
 
 ITERATIONS = int(os.environ.get("ITERATIONS", "1500"))
 OUT = Path(os.environ.get("OUT", "results/walkthrough"))
@@ -38,14 +44,18 @@ generator = torch.Generator().manual_seed(0)
 
 # %%
 digits = data.load("digits", "unused")
-print(f"{len(digits.train.labels)} images to train on, {len(digits.test.labels)} to test on, shape {digits.shape}")
+print(
+    f"{len(digits.train.labels)} images to train on, {len(digits.test.labels)} to test on, shape {digits.shape}"
+)
 
 
-def batch(size=64):
+def batch(size: int = 64) -> tuple[Tensor, Tensor]:
     """Draw training images (size, 1, 8, 8) with a little noise, and their labels."""
     chosen = torch.randint(len(digits.train.labels), (size,), generator=generator)
     images = digits.train.images[chosen]
-    return images + 0.05 * torch.randn(images.shape, generator=generator), digits.train.labels[chosen]
+    return images + 0.05 * torch.randn(images.shape, generator=generator), digits.train.labels[
+        chosen
+    ]
 
 
 # %% [markdown]
@@ -63,33 +73,32 @@ for _ in range(ITERATIONS // 4):
     optimizer.step()
 
 logits = predict(model, digits.test.images)
-print(f"classifier: {100 * (logits.argmax(1) == digits.test.labels).float().mean():.1f} % of the test digits")
+print(
+    f"classifier: {100 * (logits.argmax(1) == digits.test.labels).float().mean():.1f} % of the test digits"
+)
 
 # %% [markdown]
 # ## ... which is secretly an energy-based model
-# E(x) = -logsumexp f(x). Low energy means likely: if the classifier were a density model, digits would lie lower than
-# noise, and chains that descend E would turn into digits. Neither holds: nobody has asked it of the network.
+# E(x) = -logsumexp f(x). Low energy means likely: if the classifier were a density model, digits would
+# lie lower than noise, and chains that descend E would turn into digits. Neither holds: nobody has
+# asked it of the network.
 
 # %%
 noise = UniformRestart(digits.shape, 10).draw(digits.test.labels, generator)
-print(f"energy of digits {energy(logits).mean():.1f}, of noise {energy(predict(model, noise)).mean():.1f}")
+of_digits, of_noise = marginal_energy(logits), marginal_energy(predict(model, noise))
+print(f"energy of digits {of_digits.mean():.1f}, of noise {of_noise.mean():.1f}")
 
-SGLD = {"step_size": 0.1, "noise_std": 0.08, "pixel_grad_clip": 1.0, "clamp": (-1, 1)}
-
-
-def marginal(x):
-    """Return E(x) of the network as it is now."""
-    return energy(model(x))
-
-
-chains = run_chains(marginal, noise[:64], 100, **SGLD, module=model, generator=generator)
+langevin = Langevin(step_size=0.1, noise_std=0.08, pixel_grad_clip=1.0, clamp=(-1, 1))
+energy = energy_of(model)  # E(x), or E(x, y) if it is given labels too, of the weights as they are
+settings = {"module": model, "generator": generator}
+chains = run_chains(energy, noise[:64], 100, langevin, **settings)
 plots.save_grid(chains, OUT / "classifier-chains.png")
 
 # %% [markdown]
 # ## Training the density
-# The gradient of log p(x) is that of mean E(chains) - mean E(data): where chains gather without data the energy is
-# raised. The chains persist in a replay buffer, so that each iteration moves them on by a few steps only, and start in a
-# Gaussian of each class rather than in noise.
+# The gradient of log p(x) is that of mean E(chains) - mean E(data): wherever chains gather without data
+# the energy is raised. The chains persist in a replay buffer, so that each iteration moves them on by
+# a few steps only, and start in a Gaussian of each class rather than in noise.
 
 # %%
 restart = GaussianRestart.fit(*digits.train, num_classes=10)
@@ -99,11 +108,11 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ITERATIONS)
 for iteration in range(ITERATIONS):
     images, labels = batch()
     slots, starts, _ = buffer.draw(64, generator)
-    chains = run_chains(marginal, starts, 10, **SGLD, module=model, generator=generator)
+    chains = run_chains(energy, starts, 10, langevin, **settings)
     buffer.put(slots, chains, 10)
 
     logits, chain_logits = model(images), model(chains)
-    positive, negative = energy(logits), energy(chain_logits)
+    positive, negative = marginal_energy(logits), marginal_energy(chain_logits)
     loss = cross_entropy(logits, labels) + 0.3 * energy_loss(positive, negative)
     loss = loss + 0.001 * energy_regulariser(positive, negative)
     optimizer.zero_grad()
@@ -111,7 +120,8 @@ for iteration in range(ITERATIONS):
     optimizer.step()
     schedule.step()
     if iteration % max(ITERATIONS // 10, 1) == 0:
-        print(f"iteration {iteration}: energy gap {(negative.mean() - positive.mean()).item():.2f}")
+        gap = negative.mean() - positive.mean()
+        print(f"iteration {iteration}: energy gap {gap.item():.2f}")
 plots.save_grid(buffer.images[:64], OUT / "buffer-after.png")
 
 # %% [markdown]
@@ -127,24 +137,28 @@ print(f"JEM: {100 * accuracy:.1f} % of the test digits")
 # It generates: chains on E(x), and on E(x, y) = -f(x)[y] for a class that is asked for.
 
 # %%
-plots.save_grid(
-    run_chains(marginal, restart.draw(torch.arange(64) % 10, generator), 100, **SGLD, module=model, generator=generator),
-    OUT / "fresh-chains.png",
-)
+starts = restart.draw(torch.arange(64) % 10, generator)
+plots.save_grid(run_chains(energy, starts, 100, langevin, **settings), OUT / "fresh-chains.png")
+
+
+def energy_of_class(x: Tensor, labels: Tensor) -> Tensor:
+    """Return E(x, y)."""
+    return joint_energy(model(x), labels)
+
+
 asked = torch.arange(10).repeat_interleave(8)
-conditional = run_chains(
-    lambda x, labels: joint_energy(model(x), labels), restart.draw(asked, generator), 100, **SGLD, labels=asked, module=model,
-    generator=generator,
-)  # fmt: skip
+starts = restart.draw(asked, generator)
+conditional = run_chains(energy_of_class, starts, 100, langevin, labels=asked, **settings)
 plots.save_grid(conditional, OUT / "class-conditional.png")
-print(f"read as the class asked for: {100 * (predict(model, conditional).argmax(1) == asked).float().mean():.0f} %")
+read = predict(model, conditional).argmax(1) == asked
+print(f"read as the class asked for: {100 * read.float().mean():.0f} %")
 
 # %% [markdown]
 # It tells what is no digit: the energy is high there.
 
 # %%
 for name in ("uniform-noise", "inverted", "rotated"):
-    strange, _ = data.load_ood(name, digits.test.images, "", 360, generator)
+    strange, _ = load_ood(name, digits.test.images, "", 360, generator)
     found = metrics.detection(energy(logits), energy(predict(model, strange)), name)
     print(f"AUROC of the energy against {name}: {found['auroc']:.3f}")
 
@@ -160,11 +174,12 @@ print(f"ECE {100 * metrics.calibration(logits, digits.test.labels)['ece']:.1f} %
 # %%
 clean = digits.test.images[:32]
 noisy = (clean + 0.4 * torch.randn(clean.shape, generator=generator)).clamp(-1, 1)
-cleaned = run_chains(marginal, noisy, 10, **{**SGLD, "noise_std": 0.0}, module=model)
+cleaned = run_chains(energy, noisy, 10, langevin._replace(noise_std=0.0), module=model)
 plots.save_grid(torch.stack([noisy, cleaned], dim=1).flatten(0, 1), OUT / "denoised.png")
 before, after = ((x - clean).square().mean().sqrt() for x in (noisy, cleaned))
-print(f"distance to the clean picture per pixel: {before:.2f} noisy, {after:.2f} cleaned; pictures in {OUT}")
+print(f"distance to the clean picture per pixel: {before:.2f} noisy, {after:.2f} cleaned")
+print(f"pictures in {OUT}")
 
 # %% [markdown]
-# From here on: `python train_jem.py` does this with schedules, averaging, checkpoints and a guard against divergence, and
-# `python evaluate.py` measures it properly.
+# From here on: `python train_jem.py` does this with schedules, averaging, checkpoints and a guard
+# against divergence, and `python evaluate.py` measures it properly.

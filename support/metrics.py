@@ -1,0 +1,385 @@
+"""Scores of a classifier, of an out-of-distribution score, of drawn images and of chains.
+
+Pure functions: each takes tensors, arrays or lists, computes in float64 and returns what json can
+write. What is empty or misshapen is refused with a ValueError that names it, what is not finite
+with a FloatingPointError: a NaN among scores would sort somewhere and give a believable AUROC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+Values = Tensor | ArrayLike
+
+
+def _finite(values: Values, name: str, dimensions: int | None = None) -> Tensor:
+    """Return values as a detached tensor of so many dimensions (None: any), or an error."""
+    values = torch.as_tensor(values).detach()
+    if values.numel() == 0 or values.dim() != (dimensions or values.dim()):
+        raise ValueError(
+            f"{name}: shape {tuple(values.shape)} is empty or has not "
+            f"{dimensions or 'the right'} dimensions"
+        )
+    wrong = values.numel() - int(torch.isfinite(values).sum())
+    if wrong:
+        raise FloatingPointError(
+            f"{name}: {wrong} of {values.numel()} values are not finite; find where they arise"
+        )
+    return values
+
+
+def _labels(labels: Values, num_classes: int) -> Tensor:
+    """Return labels as an int64 tensor (N,) on the CPU; ValueError unless in 0..num_classes-1."""
+    labels = _finite(labels, "labels", 1).cpu()
+    outside = labels.min() < 0 or labels.max() >= num_classes
+    if num_classes < 2 or labels.is_floating_point() or outside:
+        raise ValueError(f"labels must be integers in 0..{num_classes - 1}, of 2 or more classes")
+    return labels.long()
+
+
+def _logits_and_labels(logits: Values, labels: Values) -> tuple[Tensor, Tensor]:
+    """Return float64 logits (N, K), K >= 2, and int64 labels (N,) on the CPU, or raise ValueError."""
+    logits = _finite(logits, "logits", 2).cpu().double()
+    labels = _labels(labels, logits.shape[1])
+    if len(labels) != len(logits):
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"logits must be (N, K) and labels (N,); got {shapes}")
+    return logits, labels
+
+
+def _two_feature_sets(first: Values, second: Values, least: int) -> tuple[Tensor, Tensor]:
+    """Return two (N, D) tensors as float64 about their pooled mean, which spares digits."""
+    first, second = (_finite(features, "features", 2).double() for features in (first, second))
+    if first.shape[1] != second.shape[1] or min(len(first), len(second)) < least:
+        shapes = f"{tuple(first.shape)}, {tuple(second.shape)}"
+        raise ValueError(f"features need one width and {least} or more rows: {shapes}")
+    centre = torch.cat([first, second]).mean(0)
+    return first - centre, second - centre
+
+
+def classification(logits: Values, labels: Values) -> dict[str, Any]:
+    """Score predictions: accuracy, negative log-likelihood, Brier score and confusion matrix.
+
+    nll = mean -log p_y, in nat; brier = mean of sum_k (p_k - [k = y])^2, in 0..2 (Brier 1950);
+    p = softmax(logits). logits: (N, K) float; labels: (N,) int in 0..K-1.
+    Raises ValueError for others.
+    Returns {"accuracy": 0..1, "nll", "brier", "confusion": K lists of K counts, row = true class}.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    logits, labels = _logits_and_labels(logits, labels)
+    one_hot, predictions = nn.functional.one_hot(labels, logits.shape[1]), logits.argmax(1)
+    return {
+        "accuracy": (predictions == labels).double().mean().item(),
+        "nll": nn.functional.cross_entropy(logits, labels).item(),
+        "brier": (logits.softmax(1) - one_hot).square().sum(1).mean().item(),
+        "confusion": confusion_matrix(labels, predictions, labels=range(logits.shape[1])).tolist(),
+    }
+
+
+def _reliability(confidence: Tensor, correct: Tensor, bins: int) -> list[dict[str, Any]]:
+    """Return the equal-width bins of a reliability diagram; of an empty bin the means are None."""
+    edges = torch.linspace(0, 1, bins + 1)
+    indices = (
+        torch.bucketize(confidence.float(), edges, right=True) - 1
+    )  # in float32, as torchmetrics bins
+    rows = []
+    for index in range(bins):
+        inside = indices == index
+        count = int(inside.sum())
+        row = {"low": index / bins, "high": (index + 1) / bins, "count": count}
+        for name, values in (("confidence", confidence), ("accuracy", correct)):
+            row[name] = values[inside].mean().item() if count else None
+        rows.append(row)
+    return rows
+
+
+def _adaptive_ece(confidence: Tensor, correct: Tensor, bins: int) -> float:
+    """Return the calibration error over bins of equal mass, whatever the order of ties."""
+    unique = np.unique(confidence.numpy(), return_inverse=True, return_counts=True)
+    sure, ties, counts = unique
+    # a bin's edge may fall among ties: each then counts as their mean accuracy, as in random order
+    accuracy = np.bincount(ties, weights=correct.numpy()) / counts
+    gaps = np.repeat(accuracy - sure, counts)
+    return float(sum(abs(part.sum()) for part in np.array_split(gaps, bins)) / len(gaps))
+
+
+def calibration(logits: Values, labels: Values, bins: int = 15) -> dict[str, Any]:
+    """Compare the confidence in the predicted class, max_k p_k, with how often it is right.
+
+    ece = sum_b n_b / N |accuracy_b - confidence_b| over bins of equal width (Guo et al. 2017, arXiv
+    1706.04599); mce = max_b of the same gap; adaptive_ece = ece over bins of equal mass, whose sizes
+    differ by one at most (Nguyen and O'Connor 2015, arXiv 1508.05154; Nixon et al. 2019, arXiv
+    1904.01685). All in 0..1.
+    logits: (N, K) float; labels: (N,) int in 0..K-1; bins: >= 1. Raises ValueError for others.
+    Returns {"ece", "adaptive_ece", "mce", "bins", "reliability"}; reliability lists the bins of
+    equal width, closed below, as {"low", "high", "count", "confidence", "accuracy"}, the last two
+    None if the count is 0.
+
+    Nine times in ten sure, and right every time:
+
+    >>> logits = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+    >>> round(calibration(logits, torch.tensor([0, 1]))["ece"], 4)
+    0.1
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, labels = _logits_and_labels(logits, labels)
+    # torchmetrics gives a float32 confidence of 1 a bin of its own; the one below is in the last
+    probabilities = logits.softmax(1).clamp_max(1 - 2**-24)
+    confidence, predictions = probabilities.max(1)
+    correct = (predictions == labels).double()
+    classes = logits.shape[1]
+    ece, mce = (
+        multiclass_calibration_error(probabilities, labels, classes, n_bins=bins, norm=norm).item()
+        for norm in ("l1", "max")
+    )
+    return {
+        "ece": ece,
+        "adaptive_ece": _adaptive_ece(confidence, correct, bins),
+        "mce": mce,
+        "bins": bins,
+        "reliability": _reliability(confidence, correct, bins),
+    }
+
+
+def fit_temperature(logits: Values, labels: Values) -> float:
+    """Fit the T > 0 that minimises the negative log-likelihood of logits / T, by LBFGS on log T.
+
+    The NLL is convex in 1/T, so its slopes at T = 0.01 and 100 tell whether the best T lies between;
+    if not (all images right: T -> 0; no better than chance: T -> inf) that end is returned.
+    logits: (N, K) float of held-out images; labels: (N,) int in 0..K-1. Raises ValueError for
+    others. Source: Guo et al. 2017, arXiv 1706.04599.
+    """
+    logits, labels = _logits_and_labels(logits, labels)
+    logits = logits - logits.gather(
+        1, labels[:, None]
+    )  # about the true class, whose term of the slope is then 0
+    slopes = [
+        ((logits / t).softmax(1) * logits).sum(1).mean() for t in (0.01, 100)
+    ]  # dNLL / d(1/T)
+    slope_low, slope_high = slopes
+    if slope_low <= 0 or slope_high > 0:  # 0 if every image is right and the rest underflows
+        return 0.01 if slope_low <= 0 else 100.0
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    settings: dict[str, Any] = {"max_iter": 200, "tolerance_grad": 1e-12, "tolerance_change": 1e-14}
+    optimiser = torch.optim.LBFGS([log_t], line_search_fn="strong_wolfe", **settings)
+
+    def closure() -> Tensor:
+        nll = nn.functional.cross_entropy(logits / log_t.exp(), labels)
+        (log_t.grad,) = torch.autograd.grad(nll, log_t)
+        return nll
+
+    optimiser.step(closure)
+    return log_t.exp().item()
+
+
+def detection(scores_in: Values, scores_out: Values, name: str = "score") -> dict[str, Any]:
+    """Score how well an OOD score ranks: out-of-distribution images are positive, high means OOD.
+
+    auroc = P(in < out) + P(in = out) / 2; average_precision (a useless score has the share of OOD
+    images); fpr95 = share of in-distribution images flagged at the highest threshold that flags 95 %
+    of the OOD images (papers that call in-distribution positive keep 95 % of those instead). All in
+    0..1. Source: Hendrycks and Gimpel 2017, arXiv 1610.02136; for fpr95 Liang et al. 2018, arXiv
+    1706.02690.
+    scores_in: (N,), scores_out: (M,) float, unbounded. name: of the score, for the error if one is
+    not finite. Returns {"auroc", "average_precision", "fpr95", "n_in": N, "n_out": M}.
+
+    >>> detection([1.0, 2.0, 3.0, 4.0], [3.5, 8.0])["auroc"]
+    0.875
+    """
+    inside = _finite(scores_in, f"{name} in distribution", 1).cpu().double().numpy()
+    outside = _finite(scores_out, f"{name} out of distribution", 1).cpu().double().numpy()
+    thresholds, ties = np.unique(np.concatenate([inside, outside]), return_inverse=True)
+    parts = np.split(ties, [len(inside)])
+    # at each threshold, the highest first
+    false, true = (np.bincount(part, minlength=len(thresholds))[::-1] for part in parts)
+    flagged_in, flagged_out = np.cumsum(false), np.cumsum(true)
+    below = (true * (len(inside) - flagged_in + false / 2)).sum()
+    precision = (true / len(outside) * flagged_out / (flagged_in + flagged_out)).sum()
+    at_95 = np.argmax(flagged_out / len(outside) >= 0.95)
+    return {
+        "auroc": float(below / (len(inside) * len(outside))),
+        "average_precision": float(precision),
+        "fpr95": float(flagged_in[at_95] / len(inside)),
+        "n_in": len(inside),
+        "n_out": len(outside),
+    }
+
+
+def bootstrap(
+    statistic: Callable[..., Any],
+    *arrays: Values,
+    resamples: int = 200,
+    seed: int = 0,
+    paired: bool = True,
+) -> list[Any]:
+    """Return the 95 % percentile bootstrap interval of a statistic, or one for each of several.
+
+    statistic: called with numpy arrays, returns a float or an array (S,) of S statistics, for which
+    the result is a list of S intervals [low, high]. arrays: (N, ...) each, rows drawn with
+    replacement. paired: the same rows of each (logits and labels of an image); else each is drawn
+    by itself and may have its own length (scores in and out of distribution). resamples: >= 2.
+    seed: same seed, same interval.
+    Raises FloatingPointError if an array or a value of the statistic is not finite, ValueError if
+    paired lengths differ.
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
+    """
+    finite = [_finite(x, f"array {i} of the bootstrap").cpu().numpy() for i, x in enumerate(arrays)]
+    lengths = [len(array) for array in finite]
+    if resamples < 2 or not lengths or (paired and len(set(lengths)) > 1):
+        raise ValueError(
+            "need 2 or more resamples and, paired, arrays of one length; "
+            f"got {resamples}, lengths {lengths}"
+        )
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        sizes = lengths[:1] if paired else lengths
+        rows = [generator.integers(length, size=length) for length in sizes]
+        if paired:
+            rows = rows * len(finite)
+        values.append(statistic(*(array[i] for array, i in zip(finite, rows, strict=True))))
+    found = _finite(np.array(values), "the bootstrapped statistic").numpy()
+    return np.quantile(found, [0.025, 0.975], axis=0).T.tolist()
+
+
+def frechet_distance(features_a: Values, features_b: Values) -> float:
+    """Return the Fréchet distance of Gaussians fitted to two sets of features, in squared units.
+
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S over N - 1; >= 0, what rounding puts below
+    is 0. Comparable for one feature network and N only, being biased upwards at small N.
+    features_a: (N, D), features_b: (M, D) float, N and M >= 2. Raises ValueError for others.
+    Source: Heusel et al. 2017, arXiv 1706.08500.
+
+    >>> features = torch.randn(100, 3)
+    >>> round(frechet_distance(features, features + 2), 3)  # 2 in each of three directions
+    12.0
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    first, second = (part.cpu() for part in _two_feature_sets(features_a, features_b, least=2))
+    network = nn.Identity()
+    network.num_features = first.shape[1]  # else torchmetrics sends a random image to see the width
+    distance = FrechetInceptionDistance(feature=network, sync_on_compute=False)
+    distance = distance.set_dtype(torch.float64)
+    distance.update(first, real=True)
+    distance.update(second, real=False)
+    return max(distance.compute().item(), 0.0)
+
+
+def precision_recall(
+    features_real: Values, features_fake: Values, k: int = 3, chunk: int = 1000
+) -> dict[str, float]:
+    """Return the share of fakes on the manifold of the real, precision, and the reverse, recall.
+
+    A point is on a set's manifold if it is as near to some member as that member's k-th nearest
+    other member: precision = mean over fakes of [exists r: |fake - r| <= radius_k(r)].
+    features_real: (N, D), features_fake: (M, D) float, N and M > k >= 1. chunk: rows of distances
+    held at once. Returns {"precision": 0..1, "recall": 0..1}. Raises ValueError for other features
+    or k. Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
+    """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more; got {k}")
+    real, fake = _two_feature_sets(features_real, features_fake, least=k + 1)
+    slack = 1e-6 * torch.cat([real, fake]).norm(dim=1).max()  # the matmul in cdist leaves 1e-7
+
+    def share(points: Tensor, members: Tensor) -> float:
+        near = [
+            torch.cdist(part, members).topk(k + 1, largest=False).values
+            for part in members.split(chunk)
+        ]
+        radii = torch.cat(near)[:, -1] + slack  # the nearest of the k + 1 is the member itself
+        covered = [(torch.cdist(part, members) <= radii).any(1) for part in points.split(chunk)]
+        return torch.cat(covered).double().mean().item()
+
+    return {"precision": share(fake, real), "recall": share(real, fake)}
+
+
+def class_histogram(labels: Values, num_classes: int) -> dict[str, Any]:
+    """Count the classes of samples, with the entropy H / ln K: 0 for one class, 1 for all alike.
+
+    labels: (N,) int in 0..K-1; num_classes: K >= 2. Raises ValueError for others.
+    Returns {"counts": K ints, "entropy": 0..1}.
+    """
+    counts = torch.bincount(_labels(labels, num_classes), minlength=num_classes)
+    entropy = torch.special.entr(counts.double() / counts.sum()).sum() / np.log(num_classes)
+    return {"counts": counts.tolist(), "entropy": min(entropy.item(), 1.0)}
+
+
+def nearest(images: Values, pool: Values, chunk: int = 500) -> tuple[list[float], list[int]]:
+    """Find each image's nearest pool image: its L2 distance, in units of the pixels, and its index.
+
+    In each block of the pool a float64 distance by matmul proposes four candidates and their exact
+    distances decide, so a copy is at distance 0. Among equals any may be named.
+    images: (N, ...), pool: (M, ...), each image of one shape. chunk: images in a block; the pool's
+    are ten times that. Returns N distances >= 0 and N indices in 0..M-1. Raises ValueError for other
+    shapes.
+    """
+    images, pool = _finite(images, "images"), _finite(pool, "pool")
+    if images.dim() < 2 or images.shape[1:] != pool.shape[1:]:
+        shapes = f"{tuple(images.shape)}, {tuple(pool.shape)}"
+        raise ValueError(f"images and pool must hold images of one shape; got {shapes}")
+    distances: list[float] = []
+    indices: list[int] = []
+    for part in images.flatten(1).split(chunk):
+        part, found = part.double(), []
+        for number, block in enumerate(pool.flatten(1).split(10 * chunk)):
+            block = block.to(part)
+            near = torch.cdist(part, block).topk(min(4, len(block)), largest=False).indices
+            exact, which = (part[:, None] - block[near]).norm(dim=2).min(1)  # (rows, 4) to (rows,)
+            place = near.gather(1, which[:, None]).squeeze(1) + number * 10 * chunk
+            found.append((exact, place))
+        exact, places = (torch.stack(column) for column in zip(*found, strict=True))
+        closest, best = exact.min(0)  # (blocks, rows) to (rows,)
+        distances += closest.tolist()
+        indices += places.gather(0, best[None]).squeeze(0).tolist()
+    return distances, indices
+
+
+def split_rhat(series: Values) -> float:
+    """Return split R-hat: near 1 if the halves of all chains agree in their mean, else above.
+
+    sqrt((n - 1) / n + (B / n) / W) over the halves, of n draws each; W: mean of their variances,
+    B / n: variance of their means, both over N - 1. The middle one of an odd number of draws is left
+    out. series: (chains, draws) float, 4 or more draws. Raises ValueError for others and if no
+    chain moves. Source: Gelman et al., "Bayesian Data Analysis", 3rd ed., section 11.4; Vehtari et
+    al. 2021, arXiv 1903.08008, without rank normalisation.
+    """
+    series = _finite(series, "series", 2).cpu().double()
+    half = series.shape[1] // 2
+    halves = torch.cat([series[:, :half], series[:, -half:]])
+    if half < 2 or (halves == halves[:, :1]).all():
+        raise ValueError(
+            "series: split R-hat needs 4 or more draws and a chain that moves; "
+            f"got {tuple(series.shape)}"
+        )
+    within, between = halves.var(1).mean(), halves.mean(1).var()
+    return ((half - 1) / half + between / within).sqrt().item()
+
+
+def autocorrelation(series: Values, max_lag: int) -> list[float]:
+    """Return the autocorrelation at lags 0..max_lag, each chain about its mean, over the chains.
+
+    rho_k = sum_t (x_t - m)(x_{t+k} - m) / sum_t (x_t - m)^2, in -1..1; rho_0 = 1. As usual not
+    corrected for the k missing terms or for m being estimated, which lower it by about
+    max(k, correlation time) / draws.
+    series: (chains, draws) float; max_lag: 0..draws-1. Raises ValueError for others and if a chain
+    never moves.
+    """
+    series = _finite(series, "series", 2).cpu().double()
+    draws = series.shape[1]
+    if not 0 <= max_lag < draws or (series == series[:, :1]).all(1).any():
+        raise ValueError(
+            f"series: needs chains that move and a max_lag in 0..{draws - 1}; got max_lag {max_lag}"
+        )
+    centred = series - series.mean(1, keepdim=True)
+    lags = range(max_lag + 1)
+    products = [(centred[:, : draws - lag] * centred[:, lag:]).sum(1) for lag in lags]
+    return [(product / products[0]).mean().item() for product in products]

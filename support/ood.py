@@ -1,0 +1,84 @@
+"""Out-of-distribution sets, each a tensor of images shaped like the model's, pixels in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sgld_nrg.support.data import TORCHVISION, raw_images, torchvision_part
+from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.images import fit_shape, stored_images
+
+
+def _uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(images.shape, generator=generator) * 2 - 1
+
+
+def _gaussian_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.randn(images.shape, generator=generator) / 2).clamp(-1, 1)
+
+
+def _constant(images: Tensor, generator: torch.Generator) -> Tensor:
+    grey = torch.rand(len(images), 1, 1, 1, generator=generator) * 2 - 1
+    return grey.expand_as(images)
+
+
+def _interpolations(images: Tensor, generator: torch.Generator) -> Tensor:
+    return (images + images[torch.randperm(len(images), generator=generator)]) / 2
+
+
+def _permuted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One random permutation of the pixels, the same for all images."""
+    order = torch.randperm(images[0, 0].numel(), generator=generator)
+    return images.flatten(2)[:, :, order].view_as(images)
+
+
+GENERATED: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "uniform-noise": _uniform_noise,
+    "gaussian-noise": _gaussian_noise,
+    "constant": _constant,
+    "interpolations": _interpolations,
+    "rotated": lambda images, generator: images.rot90(1, (2, 3)),
+    "inverted": lambda images, generator: -images,
+    "permuted": _permuted,
+}
+
+
+def load_ood(
+    name: str,
+    images: Tensor,
+    data_dir: str | Path,
+    limit: int,
+    generator: torch.Generator,
+    download: bool = False,
+) -> tuple[Tensor, str]:
+    """Load an out-of-distribution set in the shape of a test set's images.
+
+    name: a key of GENERATED (made from `images`), a key of TORCHVISION (test part, looked for under
+    data_dir), or the path of an .npz or .npy file of images or of a folder of image files. images:
+    (N, C, H, W) float, pixels in [-1, 1], of the test set. limit: images at most, drawn at random.
+    download: fetch a missing torchvision set.
+    Returns images (n, C, H, W) float in [-1, 1] and what was done to them in words. Raises
+    UserError if the name means nothing, the data cannot be read, or a torchvision set is missing.
+    """
+    if name in GENERATED:
+        made = GENERATED[name](images, generator)
+        chosen = torch.randperm(len(made), generator=generator)[:limit]
+        return made[chosen].contiguous(), "made from the test images' shape"
+    if name in TORCHVISION:
+        part = torchvision_part(name, data_dir, download)
+        pictures = (
+            [part[index][0] for index in range(len(part))]
+            if name == "omniglot"
+            else raw_images(part)
+        )
+    elif Path(name).exists():
+        pictures = stored_images(Path(name))
+    else:
+        known = ", ".join([*GENERATED, *TORCHVISION])
+        raise UserError(f"--ood {name!r} is neither a file, nor a folder, nor one of {known}")
+    drawn = torch.randperm(len(pictures), generator=generator)[:limit].sort().values.tolist()
+    return fit_shape([pictures[index] for index in drawn], images.shape[1:])

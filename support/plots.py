@@ -1,0 +1,273 @@
+"""Every figure: sample grids as plain PNGs, curves by matplotlib.
+
+Colours are fixed and colour-blind-safe (Okabe and Ito's palette): data and positive samples blue,
+chains and negative samples vermilion.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from sgld_nrg.support.images import to_unit
+
+DATA_COLOUR, CHAIN_COLOUR, NEUTRAL = "#0072B2", "#D55E00", "#555555"
+SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MODEL_COLOURS = {"jem": CHAIN_COLOUR, "classifier": DATA_COLOUR}
+# Panels of `save_curves`: a title, and (column of metrics.csv, label, colour) of each curve.
+CURVES = (
+    (
+        "cross-entropy [nat]",
+        (
+            ("cross_entropy", "training", CHAIN_COLOUR),
+            ("val_cross_entropy", "validation", DATA_COLOUR),
+        ),
+    ),
+    (
+        "accuracy",
+        (("accuracy", "training", CHAIN_COLOUR), ("val_accuracy", "validation", DATA_COLOUR)),
+    ),
+    (
+        "energy E(x)",
+        (("energy_positive", "data", DATA_COLOUR), ("energy_negative", "chains", CHAIN_COLOUR)),
+    ),
+    ("energy gap (chains − data)", (("energy_gap", "", CHAIN_COLOUR),)),
+    ("chain displacement (L2)", (("chain_displacement", "", CHAIN_COLOUR),)),
+    ("learning rate", (("lr", "", NEUTRAL),)),
+)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Write images (N, C, H, W), pixels in [-1, 1], as a PNG grid; each of 28 pixels at least."""
+    picture = _grid(images, columns)
+    _replace(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def save_animation(frames: list[Tensor], path: Path, columns: int = 8) -> None:
+    """Write grids of images (N, C, H, W), pixels in [-1, 1], as a GIF: ten a second, then again."""
+    pictures = [_grid(images, columns) for images in frames]
+    times = [100] * (len(pictures) - 1) + [2000]
+    settings: dict[str, Any] = {"format": "GIF", "save_all": True, "duration": times, "loop": 0}
+    settings["append_images"] = pictures[1:]
+    _replace(path, lambda temporary: pictures[0].save(temporary, **settings))
+
+
+def _grid(images: Tensor, columns: int) -> Image.Image:
+    scale = -(-28 // images.shape[-1])
+    unit = to_unit(images.float().cpu())
+    enlarged = interpolate(unit, scale_factor=scale, mode="nearest")
+    return to_pil_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5))
+
+
+def save_curves(rows: list[dict[str, str]], path: Path) -> None:
+    """Draw the curves of a run from the rows of its metrics.csv, if there are any.
+
+    Panels against minutes of the run; one without values is left out. A dotted line separates
+    pretraining from the JEM's training, and a dashed one stands at a rollback.
+    """
+    panels = [panel for panel in CURVES if any(row[curve[0]] for row in rows for curve in panel[1])]
+    if not panels:
+        return
+    columns = 3 if len(panels) > 2 else len(panels)
+    figure, axes = panels_of(-(-len(panels) // columns), columns, 3.6, 2.7)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    phases = [row["phase"] for row in rows]
+    change = None
+    if phases[0] != "jem" and "jem" in phases:
+        change = float(rows[phases.index("jem")]["minutes"])
+    for axis, (title, curves) in zip(axes.flat, panels, strict=False):
+        for name, label, colour in curves:
+            points = [(float(row["minutes"]), float(row[name])) for row in rows if row[name]]
+            if points:
+                marker = "." if len(points) < 20 else None
+                style = {"color": colour, "label": label, "linewidth": 1.2, "marker": marker}
+                axis.plot(*zip(*points, strict=True), **style)
+        if change is not None:
+            axis.axvline(change, color=NEUTRAL, linestyle=":", linewidth=1)
+        for before, after in itertools.pairwise(rows):
+            if int(after["rollbacks"] or 0) > int(before["rollbacks"] or 0):
+                style = {"color": CHAIN_COLOUR, "linestyle": "--", "linewidth": 1}
+                axis.axvline(float(after["minutes"]), **style)
+        axis.set(title=title, xlabel="minutes")
+        axis.grid(alpha=0.3)
+        if curves[0][1]:
+            axis.legend(fontsize=8)
+    finish(figure, path)
+
+
+def save_reliability(classification: dict[str, Any], path: Path) -> None:
+    """Draw the reliability diagram with its histogram for each model, before scaling."""
+    figure, axes = panels_of(2, len(classification), 3.6, 2.4)
+    for (name, found), (upper, lower) in zip(classification.items(), axes.T, strict=True):
+        rows, colour = found["calibration"]["reliability"], MODEL_COLOURS[name]
+        used = [(row["confidence"], row["accuracy"]) for row in rows if row["count"]]
+        upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", linewidth=1)
+        upper.plot(*zip(*used, strict=True), marker="o", color=colour)
+        title = f"{name}: ECE {100 * found['calibration']['ece']:.2f} %"
+        upper.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        centres = [(row["low"] + row["high"]) / 2 for row in rows]
+        width = 0.9 * (rows[0]["high"] - rows[0]["low"])
+        lower.bar(centres, [row["count"] for row in rows], width=width, color=colour)
+        lower.set(xlabel="confidence", ylabel="test images", yscale="log", xlim=(0, 1))
+    finish(figure, path)
+
+
+def save_confusion(matrix: list[list[int]], path: Path) -> None:
+    """Draw a confusion matrix (K rows of true classes) with its numbers, mistakes shaded."""
+    figure, axes = panels_of(1, 1, 4.6, 4.2)
+    axis, counts = axes[0, 0], np.array(matrix)
+    axis.imshow(counts - np.diag(np.diag(counts)), cmap="Oranges")
+    for (row, column), count in np.ndenumerate(counts):
+        axis.text(column, row, count or "", ha="center", va="center", fontsize=7)
+    ticks = range(len(matrix))
+    axis.set(xlabel="predicted class", ylabel="true class", xticks=ticks, yticks=ticks)
+    axis.set(title="jem, test images")
+    finish(figure, path)
+
+
+def save_score_histograms(scored: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Draw histograms of a model's OOD scores: a row for each set, a column for each score.
+
+    scored: {set: {score: (N,) array}} with the test set first, in blue behind each other set.
+    """
+    inside, *names = scored
+    figure, axes = panels_of(len(names), len(scored[inside]), 3.0, 1.25)
+    for row, name in enumerate(names):
+        for axis, (score, values) in zip(axes[row], scored[name].items(), strict=True):
+            both = (scored[inside][score], values)
+            low, high = min(map(min, both)), max(map(max, both))
+            edges = np.linspace(low, high if high > low else low + 1, 41)
+            for part, colour in zip(both, (DATA_COLOUR, CHAIN_COLOUR), strict=True):
+                axis.hist(part, bins=edges, density=True, color=colour, alpha=0.6)
+            axis.set(yticks=[])
+            if row == 0:
+                axis.set_title(score)
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    note = "score, high = out of distribution; blue: test set, vermilion: the set at the left"
+    figure.supxlabel(note, fontsize=9)
+    finish(figure, path)
+
+
+def save_roc_curves(scored: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> None:
+    """Draw ROC curves: a row for each model, a column for each score, a line for each OOD set.
+
+    scored: {model: {set: {score: (N,) array}}} with the test set first.
+    """
+    from sklearn.metrics import roc_curve
+
+    scores = list(next(iter(next(iter(scored.values())).values())))
+    figure, axes = panels_of(len(scored), len(scores), 3.0, 2.6)
+    for line, (model, sets) in zip(axes, scored.items(), strict=True):
+        inside, *names = sets
+        for axis, score in zip(line, scores, strict=True):
+            for index, name in enumerate(names):
+                parts = (sets[inside][score], sets[name][score])
+                truth = np.repeat([0, 1], [len(part) for part in parts])
+                rates = roc_curve(truth, np.concatenate(parts))[:2]
+                turn, number = divmod(index, len(SERIES_COLOURS))
+                style = {"color": SERIES_COLOURS[number], "linestyle": ("-", "--", ":")[turn % 3]}
+                axis.plot(*rates, **style, label=name, linewidth=1.2)
+            axis.set(title=f"{model}: {score}")
+            axis.set(xlabel="test images flagged", ylabel="other images flagged")
+    legend(figure, axes, ncols=5)
+    finish(figure, path)
+
+
+def save_robustness(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Draw accuracy against epsilon with bootstrap 95 % bands: a panel for each norm.
+
+    curves: {norm: {model: [{"epsilon", "accuracy", "interval"}, ...]}}, a line for each model.
+    """
+    figure, axes = panels_of(1, len(curves), 4.2, 3.0)
+    for axis, (norm, models) in zip(axes[0], curves.items(), strict=True):
+        for index, (name, rows) in enumerate(models.items()):
+            colour = MODEL_COLOURS.get(name, SERIES_COLOURS[2 + index % 4])
+            epsilons = [row["epsilon"] for row in rows]
+            axis.plot(epsilons, [row["accuracy"] for row in rows], "o-", color=colour, label=name)
+            low, high = zip(*[row["interval"] for row in rows], strict=True)
+            axis.fill_between(epsilons, low, high, color=colour, alpha=0.2)
+        title = "L∞" if norm == "linf" else "L2"
+        axis.set(title=f"PGD, {title}", xlabel=f"ε ({title} norm, pixels on [0, 1])")
+        axis.set(ylabel="accuracy under attack", ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    finish(figure, path)
+
+
+def save_distances(distances: dict[str, Tensor], path: Path) -> None:
+    """Draw histograms of distances to the nearest training image: {kind: (N,)}, on [-1, 1]."""
+    figure, axes = panels_of(1, 1, 5.2, 3.0)
+    colours = {"test images": DATA_COLOUR, "fresh": CHAIN_COLOUR, "buffer": SERIES_COLOURS[4]}
+    style = {"bins": 40, "histtype": "step", "linewidth": 1.5, "density": True}
+    for kind, values in distances.items():
+        axes[0, 0].hist(values.cpu().numpy(), label=kind, color=colours[kind], **style)
+    label = "L2 distance to the nearest training image, pixels on [-1, 1]"
+    axes[0, 0].set(xlabel=label, ylabel="density")
+    axes[0, 0].legend(fontsize=8)
+    finish(figure, path)
+
+
+def save_chains(
+    energies: Tensor,
+    correlation: Sequence[float],
+    displacements: Sequence[float],
+    saturated: Sequence[float],
+    path: Path,
+) -> None:
+    """Draw what fresh chains do.
+
+    energies: (chains, steps). correlation: of the energy, by lag. displacements: of each step but
+    the first, L2. saturated: share of the pixels, by step.
+    """
+    figure, axes = panels_of(1, 4, 3.0, 2.6)
+    bands = energies.new_tensor([0.05, 0.5, 0.95]).double()
+    low, middle, high = energies.double().quantile(bands, dim=0)
+    first, second, third, fourth = axes[0]
+    first.fill_between(range(len(middle)), low, high, color=CHAIN_COLOUR, alpha=0.25)
+    first.plot(middle, color=CHAIN_COLOUR, label="median, 5 to 95 %")
+    first.set(title="energy E(x)", xlabel="Langevin step")
+    first.legend(fontsize=8)
+    second.plot(correlation, color=CHAIN_COLOUR)
+    second.set(title="autocorrelation of E", xlabel="lag [steps]")
+    third.plot(range(1, len(displacements) + 1), displacements, color=CHAIN_COLOUR)
+    third.set(title="displacement of a step (L2)", xlabel="Langevin step", ylim=(0, None))
+    fourth.plot(saturated, color=CHAIN_COLOUR)
+    fourth.set(title="share of saturated pixels", xlabel="Langevin step", ylim=(0, 1))
+    finish(figure, path)
+
+
+def panels_of(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes (rows, columns), each panel width x height inches."""
+    from matplotlib.figure import Figure  # here: a training draws no figure in its first seconds
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def legend(figure: Any, axes: Any, ncols: int) -> None:
+    """Put one legend for all panels below them."""
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=ncols)
+
+
+def finish(figure: Any, path: Path) -> None:
+    """Write a figure."""
+    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def _replace(path: Path, write: Callable[[str], None]) -> None:
+    """Write a file beside its place, then rename it: a figure that is looked at is never half."""
+    temporary = f"{path}.tmp"
+    write(temporary)
+    os.replace(temporary, path)

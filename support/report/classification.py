@@ -1,0 +1,82 @@
+"""Section: accuracy, likelihood and calibration of each model on the test set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sgld_nrg.models import predict
+from sgld_nrg.support import metrics, plots
+from sgld_nrg.support.report.study import Study
+from sgld_nrg.support.report.words import interval, percent, table
+
+SCORES = ("accuracy", "nll", "brier")
+CALIBRATION = ("ece", "adaptive_ece", "mce")
+
+
+def measure(study: Study) -> dict[str, Any]:
+    """Return {model: {...}}, with bootstrap 95 % intervals; draws reliability and confusion.
+
+    The temperature is fitted on the validation split.
+    """
+    found, bins, (val, test) = {}, study.sizes["bins"], study.dataset[-2:]
+    for name, model in study.models.items():
+        logits, labels = predict(model, test.images).cpu(), test.labels
+        temperature = metrics.fit_temperature(predict(model, val.images).cpu(), val.labels)
+
+        def scores(rows: np.ndarray, scaled: Any = logits, truth: Any = labels) -> np.ndarray:
+            part = metrics.classification(scaled[rows], truth[rows])
+            part |= metrics.calibration(scaled[rows], truth[rows], bins)
+            return np.array([part[score] for score in (*SCORES, *CALIBRATION)])
+
+        every = np.arange(len(labels))
+        intervals = metrics.bootstrap(scores, every, resamples=study.sizes["resamples"])
+        found[name] = {
+            **metrics.classification(logits, labels),
+            "calibration": metrics.calibration(logits, labels, bins),
+            "temperature": temperature,
+            "calibration_after_temperature": metrics.calibration(
+                logits / temperature, labels, bins
+            ),
+            "intervals": dict(zip((*SCORES, *CALIBRATION), intervals, strict=True)),
+        }
+    plots.save_reliability(found, study.folder / "reliability.png")
+    plots.save_confusion(found["jem"]["confusion"], study.folder / "confusion.png")
+    return found
+
+
+def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
+    """Return the section of report.md."""
+    bins = sizes["bins"]
+
+    def share(row: dict, score: str) -> str:
+        value = row["calibration"][score] if score in CALIBRATION else row[score]
+        return f"{percent(value)} {interval(row['intervals'][score], 100, 2)}"
+
+    def number(row: dict, score: str) -> str:
+        return f"{row[score]:.4f} {interval(row['intervals'][score], digits=4)}"
+
+    def scaled(row: dict, score: str) -> str:
+        return percent(row["calibration_after_temperature"][score])
+
+    lines = (
+        ("accuracy", share, "accuracy"),
+        ("negative log-likelihood [nat]", number, "nll"),
+        ("Brier score (0 to 2)", number, "brier"),
+        (f"ECE, {bins} equal-width bins", share, "ece"),
+        (f"adaptive ECE, {bins} equal-mass bins", share, "adaptive_ece"),
+        ("maximum calibration error", share, "mce"),
+        (
+            "temperature, fitted on the validation split",
+            lambda row, score: f"{row[score]:.3f}",
+            "temperature",
+        ),
+        ("ECE after temperature scaling", scaled, "ece"),
+        ("adaptive ECE after it", scaled, "adaptive_ece"),
+    )
+    rows = [[name, *(cell(row, score) for row in found.values())] for name, cell, score in lines]
+    return (
+        f"## Classification and calibration\n\n{table(['', *found], rows)}\n\n"
+        "![Reliability diagrams](reliability.png)\n\n![Confusion matrix of the JEM](confusion.png)"
+    )

@@ -1,0 +1,132 @@
+"""Section: how each score of each model tells the test set from other data."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sgld_nrg.models import energy_of, marginal_energy, predict
+from sgld_nrg.sgld import energy_and_gradient
+from sgld_nrg.support import metrics, ood, plots
+from sgld_nrg.support.data import TORCHVISION, Dataset
+from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.report.study import PRECISION, Study
+from sgld_nrg.support.report.words import interval, table
+
+SCORES = ("energy", "max_prob", "grad_norm")
+MEASURES = ("auroc", "average_precision", "fpr95")
+
+
+def ood_sets(
+    dataset: Dataset, args: Namespace, limit: int, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Load the sets that --ood names, or all that are there but the data set itself.
+
+    Returns {label: images (n, C, H, W) on the device}, {label: what the set is}, and why those that
+    are missing were skipped. Raises UserError if a named set cannot be had.
+    """
+    sets, described, skipped = {}, {}, []
+    known = [*ood.GENERATED, *TORCHVISION]
+    for name in args.ood or [name for name in known if name != dataset.name]:
+        generator = torch.Generator().manual_seed(args.seed)
+        try:
+            images, done = ood.load_ood(
+                name, dataset.test.images, args.data_dir, limit, generator, args.download
+            )
+        except UserError as error:
+            if args.ood:
+                raise
+            skipped.append(str(error))
+            continue
+        label = name if name in known else Path(name).stem
+        sets[label], described[label] = images.to(device), f"{len(images)} images, {done}"
+    return sets, described, skipped
+
+
+def ood_scores(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+    """Return the OOD scores of images (N, C, H, W): {score: (N,) float64}, high = out.
+
+    energy: E(x). max_prob: minus the largest softmax probability. grad_norm: the L2 norm of dE/dx,
+    the paper's approximate mass (arXiv 1912.03263, section 5.3) with the sign turned.
+    """
+    logits = predict(model, images).double()
+    energy = energy_of(model, PRECISION)
+    gradient = torch.cat([energy_and_gradient(energy, part)[1] for part in images.split(500)])
+    return {
+        "energy": marginal_energy(logits).cpu().numpy(),
+        "max_prob": -logits.softmax(1).amax(1).cpu().numpy(),
+        "grad_norm": gradient.flatten(1).double().norm(dim=1).cpu().numpy(),
+    }
+
+
+def detect(inside: np.ndarray, outside: np.ndarray, name: str, resamples: int) -> dict[str, Any]:
+    """Return metrics.detection with a bootstrap 95 % interval for each of its measures."""
+
+    def again(*scores: np.ndarray) -> list[float]:
+        found = metrics.detection(*scores)
+        return [found[measure] for measure in MEASURES]
+
+    found = metrics.detection(inside, outside, name)
+    intervals = metrics.bootstrap(again, inside, outside, resamples=resamples, paired=False)
+    return {**found, "intervals": dict(zip(MEASURES, intervals, strict=True))}
+
+
+def measure(study: Study) -> dict[str, Any]:
+    """Return {"sets", "skipped", "results": {model: {set: {score: {...}}}}}; draws the scores."""
+    sets, described, skipped = study.ood
+    results, scored = {}, {}
+    for model_name, model in study.models.items():
+        inside = ood_scores(model, study.dataset.test.images.to(study.device))
+        outside = {label: ood_scores(model, images) for label, images in sets.items()}
+        scored[model_name] = {"test set": inside, **outside}
+        results[model_name] = {
+            label: {
+                score: detect(
+                    inside[score],
+                    scores[score],
+                    f"{model_name} {score} on {label}",
+                    study.sizes["resamples"],
+                )
+                for score in SCORES
+            }
+            for label, scores in outside.items()
+        }
+    for model_name, by_set in scored.items():
+        plots.save_score_histograms(by_set, study.folder / f"ood-histograms-{model_name}.png")
+    plots.save_roc_curves(scored, study.folder / "ood-roc.png")
+    return {"sets": described, "skipped": skipped, "results": results}
+
+
+def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
+    """Return the section of report.md."""
+
+    def cell(row: dict) -> str:
+        auroc = f"{row['auroc']:.3f} {interval(row['intervals']['auroc'])}"
+        return f"{auroc} / {row['average_precision']:.3f} / {row['fpr95']:.3f}"
+
+    tables = []
+    for model, sets in found["results"].items():
+        rows = [[name, *map(cell, scores.values())] for name, scores in sets.items()]
+        header = ["set", *next(iter(sets.values()))]
+        tables += [
+            f"### {model}: AUROC / average precision / FPR at 95 % TPR\n\n{table(header, rows)}",
+            f"![Histograms of the scores of the {model}](ood-histograms-{model}.png)",
+        ]
+    lines = [f"- {name}: {what}" for name, what in found["sets"].items()]
+    lines += [f"- skipped: {line}" for line in found["skipped"]]
+    return "\n\n".join(
+        [
+            "## Out-of-distribution detection",
+            "The positive class is the data out of distribution, the negative class the test set; "
+            "a high score means out of distribution. energy is E(x), max_prob minus the largest "
+            "softmax probability, grad_norm ‖∂E/∂x‖.",
+            *tables,
+            "![ROC curves](ood-roc.png)",
+            "\n".join(lines),
+        ]
+    )

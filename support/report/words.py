@@ -1,0 +1,22 @@
+"""How numbers are written in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def percent(value: float) -> str:
+    """Return a share as a percentage with two digits."""
+    return f"{100 * value:.2f} %"
+
+
+def interval(pair: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+    """Return an interval in brackets, its ends times `scale`."""
+    return f"[{scale * pair[0]:.{digits}f}, {scale * pair[1]:.{digits}f}]"
