@@ -20,14 +20,12 @@ if __name__ == "__main__":
     args = parse("sample", doc=__doc__)  # here, so that --help answers before torch loads
 
 import math
-import os
-import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -47,7 +45,7 @@ from sgld_nrg.support.checkpoints import Checkpoint, langevin_from, load_checkpo
 from sgld_nrg.support.commands import CONDITIONS
 from sgld_nrg.support.devices import pick_device, pick_precision
 from sgld_nrg.support.errors import UserError, exits_cleanly
-from sgld_nrg.support.images import load_images, to_unit
+from sgld_nrg.support.images import array_writer, load_images
 from sgld_nrg.support.log import report_files
 from sgld_nrg.support.parallel import Alone, nth_seed, processes
 from sgld_nrg.support.presets import FRESH_STEPS
@@ -82,7 +80,7 @@ class Chains:
         self.checkpoint, self.args, self.device = checkpoint, args, device
         self.ranks = ranks or Alone()
         self.model = load_model(checkpoint, device)
-        given_class = joint_energy
+        given_class: Callable[[Tensor, Tensor], Tensor] = joint_energy
         if args.mixture or args.interpolate:
             given_class = mixture_energy if args.mixture else path_energy
         self.energy = energy_of(self.model, pick_precision(args.precision, device), given_class)
@@ -248,39 +246,6 @@ def part_to_sample(part: str, shape: tuple[int, ...]) -> Tensor:
     return free.expand(1, channels, height, width)
 
 
-@contextmanager
-def array_writer(path: Path, shape: tuple[int, ...]) -> Iterator[Callable]:
-    """Yield a function that appends images (n, C, H, W) to `images` of an .npz, block by block.
-
-    path: the file, replaced once it is whole. shape: (N, C, H, W) in all. The function's labels are
-    gathered and written last. Raises UserError if the file cannot be written.
-    """
-    temporary, labels = Path(f"{path}.tmp"), []
-    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("images.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-
-                def append(images: Tensor, block_labels: Tensor | None) -> None:
-                    pixels = to_unit(images).float().cpu().numpy()
-                    file.write(np.ascontiguousarray(pixels).astype("<f4").tobytes())
-                    if block_labels is not None:
-                        labels.append(block_labels.cpu().numpy())
-
-                yield append
-            if labels:
-                with archive.open("labels.npy", "w") as file:
-                    np.lib.format.write_array(file, np.concatenate(labels))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {str(path)!r} ({error.strerror}): name another file with --save-array"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_against_checkpoint(args: Namespace, checkpoint: Checkpoint) -> None:
     """Complete the flags whose defaults depend on the checkpoint; UserError for what it lacks."""
     num_classes = checkpoint["model_config"]["num_classes"]
@@ -334,7 +299,7 @@ def draw(chains: Chains, args: Namespace) -> None:
             written.append(folder / "dry-run.npz" if args.dry_run else Path(args.save_array))
             writer = array_writer(written[1], (args.num, *chains.shape))
             append = stack.enter_context(writer)
-        shown: list[Block] = []
+        shown: list[tuple[Any, ...]] = []
         count, blocks = 0, -(-args.num // args.chunk_size)
         for starts, images, labels in tqdm(chains.blocks(), total=blocks, disable=None):
             if append:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,18 @@ class Langevin(NamedTuple):
     noise_first: bool = False
     pixel_grad_clip: float | None = None
     clamp: tuple[float, float] | None = None
+
+    def draw_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """Return eps ~ N(0, I), shaped like x, or None if noise_std is 0."""
+        if self.noise_std == 0:
+            return None
+        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+    def before_gradient(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """Return where a step takes its gradient: x, with noise_first after its noise."""
+        if noise is None or not self.noise_first:
+            return x
+        return torch.add(x, noise, alpha=self.noise_std)
 
     def check(self) -> None:
         """Raise ValueError, naming the setting, for one that cannot mean anything."""
@@ -93,8 +105,7 @@ def langevin_step(
     noise: eps, shaped like x, or None without noise. The rest as in `energy_and_gradient`.
     Returns the energies (N,) where the gradient is taken, and the new x.
     """
-    if noise is not None and langevin.noise_first:
-        x = torch.add(x, noise, alpha=langevin.noise_std)
+    x = langevin.before_gradient(x, noise)
     energies, gradient = energy_and_gradient(energy, x, labels, create_graph)
     if langevin.pixel_grad_clip is not None:
         gradient = gradient.clamp(-langevin.pixel_grad_clip, langevin.pixel_grad_clip)
@@ -155,29 +166,24 @@ def run_chains(
     if labels is not None and len(labels) != len(x):
         raise ValueError(f"labels must be one a chain: got {len(labels)} for {len(x)} chains")
     x = x.detach()
-    trajectory, seen = [x], []  # looked at after the last step: no wait for a GPU inside the chain
+    trajectory, all_energies = [x], []  # looked at after the last step, not to wait for a GPU
+
+    def one_step(x: Tensor, noise: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        return step(energy, x, langevin, noise, labels)
+
     with frozen(module or module_of(energy)):
         for number in range(steps):
-            noise = None
-            if langevin.noise_std:
-                noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            parts = [
-                step(energy, part, langevin, *rest)
-                for part, *rest in _chunks(chunk_size, x, noise, labels)
-            ]
-            energies, new = (
-                parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-            )
+            noise = langevin.draw_noise(x, generator)
+            energies, new = _in_chunks(chunk_size, one_step, x, noise, labels)
             if callback is not None:
-                first = noise is not None and langevin.noise_first
-                callback(number, x + langevin.noise_std * noise if first else x, energies)
+                callback(number, langevin.before_gradient(x, noise), energies)
             x = new
             if check:
-                seen.append(energies)
+                all_energies.append(energies)
             if return_trajectory:
                 trajectory.append(x)
     if check:
-        check_finite(seen, x)
+        check_finite(all_energies, x)
     return torch.stack(trajectory) if return_trajectory else x
 
 
@@ -211,17 +217,18 @@ def module_of(function: Callable) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _chunks(size: int | None, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
-    """Cut tensors (N, ...) into chunks of at most `size` rows; None stays None in each."""
+def _in_chunks(size: int | None, function: Callable[..., tuple], *tensors: Any) -> tuple:
+    """Return function(*tensors), of tensors or None, from calls on at most `size` rows of each."""
     count = len(tensors[0])
     if size is None or count <= size:
-        return [tensors]
-    none = [None] * -(-count // size)
-    return list(zip(*(none if x is None else x.split(size) for x in tensors), strict=True))
+        return function(*tensors)
+    nothing = [None] * -(-count // size)
+    cut = (nothing if x is None else x.split(size) for x in tensors)
+    return tuple(torch.cat(parts) for parts in zip(*map(function, *cut), strict=True))
 
 
 def check_finite(energies: list[Tensor], x: Tensor) -> None:
-    """Raise FloatingPointError if chains, or the energies of a step that led there, are not finite."""
+    """Raise FloatingPointError if chains, or the energies of a step, are not finite."""
     if torch.isfinite(torch.cat([*energies, x.flatten()])).all():
         return
     step = [bool(torch.isfinite(part).all()) for part in (*energies, x)].index(False)

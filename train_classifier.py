@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import math
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -53,7 +54,8 @@ def train(
     """
     run = Training(args, setup, "classifier", resumed=resumed, max_minutes=max_minutes)
     run.open(go_on)
-    best, checkpoint = {"val_cross_entropy": math.inf}, resumed
+    best: dict[str, Any] = {"val_cross_entropy": math.inf}
+    checkpoint = resumed
     if resumed:
         best = {name: resumed[name] for name in ("model", "val_cross_entropy")}
     for images, labels in run.batches():

@@ -167,11 +167,11 @@ def iteration(
     images: Tensor,
     labels: Tensor,
 ) -> dict[str, Tensor]:
-    """Do one iteration of algorithm 1 of arXiv 1912.03263, up to the gradients of the weights.
+    """Do one iteration of algorithm 1 of arXiv 1912.03263, but for the optimiser's update.
 
     images: (N, C, H, W) float, pixels in [-1, 1]; labels: (N,) int64. steps: Langevin steps.
-    Nothing here waits for a GPU, so that it can be captured as a CUDA graph.
-    Returns what is to be logged: {name: scalar tensor}, of the names in log.COLUMNS.
+    Nothing here waits for a GPU, so that it can be captured as a CUDA graph; the update follows in
+    `train`. Returns what is to be logged: {name: scalar tensor}, of the names in log.COLUMNS.
     """
     args, generator, class_conditional = run.settings, run.generator, run.settings.p_xy_weight > 0
 
@@ -280,16 +280,11 @@ def train(
 
     healthy = deque([snapshot(run, buffer, guard)], maxlen=3)
     for images, labels in run.batches():
+        steps = steps_now(run.settings, run.progress)
+        work = partial(iteration, run, buffer, langevin, steps)
+        key = (steps, run.rollbacks, buffer.images.data_ptr())  # a rollback changes the last two
         try:
-            steps = steps_now(run.settings, run.progress)
-            work = partial(iteration, run, buffer, langevin, steps)
-            key = (
-                steps,
-                run.rollbacks,
-                buffer.images.data_ptr(),
-            )  # a rollback changes the last two
             run.update(run.replayed(key, work, images, labels))
-
             row = None
             if run.epoch_ends():
                 val_loss, val_accuracy = train_classifier.evaluate(run.averaged, dataset.val)
@@ -337,14 +332,13 @@ def make_checkpoint(
 
 
 def save_grids(run: Training, buffer: ReplayBuffer) -> None:
-    """Write the grids of this moment."""
+    """Write the grids of this moment, and for TensorBoard the energies of data and chains."""
 
     def energies(images: Tensor) -> Tensor:
-        return marginal_energy(predict(run.averaged, images[:1000]))
+        return marginal_energy(predict(run.averaged, images))
 
-    kinds = {"validation images": run.dataset.val.images, "chains": buffer.images}
-    watched = {name: partial(energies, images) for name, images in kinds.items()}
-    run.journal.save_grids(buffer.images, buffer.ages, run.iteration, run.epoch, watched)
+    data = run.dataset.val.images
+    run.journal.save_grids(buffer, run.iteration, run.epoch, data, energies)
 
 
 @exits_cleanly

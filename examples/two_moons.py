@@ -1,4 +1,4 @@
-"""A joint energy-based model small enough to see: two moons, a network of two layers, the whole plane drawn.
+"""A joint energy-based model small enough to see: two moons, two layers, the whole plane drawn.
 
     python examples/two_moons.py
 

@@ -1,4 +1,4 @@
-"""From a classifier to a joint energy-based model, cell by cell, on the bundled digits: a minute on two cores.
+"""From a classifier to a joint energy-based model, cell by cell, on the digits: a minute or two.
 
     python examples/walkthrough.py
 
@@ -44,18 +44,15 @@ generator = torch.Generator().manual_seed(0)
 
 # %%
 digits = data.load("digits", "unused")
-print(
-    f"{len(digits.train.labels)} images to train on, {len(digits.test.labels)} to test on, shape {digits.shape}"
-)
+sizes = len(digits.train.labels), len(digits.test.labels)
+print(f"{sizes[0]} images to train on, {sizes[1]} to test on, shape {digits.shape}")
 
 
 def batch(size: int = 64) -> tuple[Tensor, Tensor]:
     """Draw training images (size, 1, 8, 8) with a little noise, and their labels."""
     chosen = torch.randint(len(digits.train.labels), (size,), generator=generator)
-    images = digits.train.images[chosen]
-    return images + 0.05 * torch.randn(images.shape, generator=generator), digits.train.labels[
-        chosen
-    ]
+    images, labels = digits.train.images[chosen], digits.train.labels[chosen]
+    return images + 0.05 * torch.randn(images.shape, generator=generator), labels
 
 
 # %% [markdown]
@@ -73,15 +70,14 @@ for _ in range(ITERATIONS // 4):
     optimizer.step()
 
 logits = predict(model, digits.test.images)
-print(
-    f"classifier: {100 * (logits.argmax(1) == digits.test.labels).float().mean():.1f} % of the test digits"
-)
+accuracy = (logits.argmax(1) == digits.test.labels).float().mean()
+print(f"classifier: {100 * accuracy:.1f} % of the test digits")
 
 # %% [markdown]
 # ## ... which is secretly an energy-based model
-# E(x) = -logsumexp f(x). Low energy means likely: if the classifier were a density model, digits would
-# lie lower than noise, and chains that descend E would turn into digits. Neither holds: nobody has
-# asked it of the network.
+# E(x) = -logsumexp f(x). Low energy means likely: if the classifier were a density model, digits
+# would lie lower than noise, and chains that descend E would turn into digits. Neither holds:
+# nobody has asked it of the network.
 
 # %%
 noise = UniformRestart(digits.shape, 10).draw(digits.test.labels, generator)
@@ -96,9 +92,9 @@ plots.save_grid(chains, OUT / "classifier-chains.png")
 
 # %% [markdown]
 # ## Training the density
-# The gradient of log p(x) is that of mean E(chains) - mean E(data): wherever chains gather without data
-# the energy is raised. The chains persist in a replay buffer, so that each iteration moves them on by
-# a few steps only, and start in a Gaussian of each class rather than in noise.
+# The gradient of log p(x) is that of mean E(chains) - mean E(data): wherever chains gather without
+# data the energy is raised. The chains persist in a replay buffer, so that each iteration moves
+# them on by a few steps only, and start in a Gaussian of each class rather than in noise.
 
 # %%
 restart = GaussianRestart.fit(*digits.train, num_classes=10)

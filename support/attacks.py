@@ -105,7 +105,7 @@ def pgd(
                 now, gradient = _loss_and_gradient(logits_of, images, labels, draws)
                 means.append(now.mean())
                 delta = _project(images - x + length * _direction(gradient, norm), norm, radius)
-                # x is in the pixel range: clamping to it only shrinks delta, which stays in the ball
+                # x is in the pixel range: clamping only shrinks delta, which stays in the ball
                 images = (x + delta).clamp_(-1, 1)
             now_wrong, now = _evaluate(logits_of, images, labels, draws)
             losses = torch.stack([*means, now.mean()])
@@ -177,9 +177,7 @@ def refined(
         if not (torch.is_grad_enabled() and x.requires_grad):
             return logits_of(run_chains(energy, x, steps, langevin, generator=generator))
         for _ in range(steps):
-            noise = None
-            if langevin.noise_std:
-                noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            noise = langevin.draw_noise(x, generator)
             _, x = langevin_step(energy, x, langevin, noise, create_graph=True)
         return logits_of(x)
 
@@ -201,7 +199,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _loss_and_gradient(
     logits_of: Logits, x: Tensor, labels: Tensor, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy (N,) and its gradient in x, both averaged over draws of logits_of."""
+    """Return the cross-entropy (N,) and its gradient in x, averaged over draws of logits_of."""
     losses: Any = 0
     gradients: Any = 0
     for _ in range(draws):
@@ -251,7 +249,7 @@ def _project(delta: Tensor, norm: str, radius: float) -> Tensor:
 
 
 def _random_start(x: Tensor, norm: str, radius: float, generator: torch.Generator | None) -> Tensor:
-    """Draw uniformly from the ball: for l2 a random direction, at a radius of U^(1/D) of its own."""
+    """Draw uniformly from the ball; for l2 a random direction, at a share U^(1/D) of the radius."""
     settings: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
     if norm == "linf":
         return (2 * torch.rand(x.shape, **settings) - 1) * radius

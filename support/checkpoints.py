@@ -44,7 +44,7 @@ def langevin_from(checkpoint: Checkpoint) -> Langevin:
 
 @contextmanager
 def output_folder(args: Namespace, ranks: Alone | None = None) -> Iterator[Path]:
-    """Yield the folder for a script's files: --out-dir, made if need be; for --dry-run a passing one.
+    """Yield --out-dir, made if need be, for a script's files; for --dry-run a temporary folder.
 
     Raises UserError if the folder cannot be made or written to.
     """

@@ -66,7 +66,8 @@ def _check_train_jem(args: Namespace) -> None:
     if args.p_xy_weight and args.p_x_weight:
         if "p_x_weight" in args.given:
             raise UserError(
-                "--p-x-weight and --p-xy-weight cannot both be above 0: log p(x, y) contains log p(x)"
+                "--p-x-weight and --p-xy-weight cannot both be above 0: "
+                "log p(x, y) contains log p(x)"
             )
         args.p_x_weight = 0.0
     if not args.p_x_weight and not args.p_xy_weight:
@@ -101,7 +102,7 @@ def _check_sample(args: Namespace) -> None:
     contradictions = (
         (
             args.save_array and args.interpolate,
-            "--save-array takes the ends of chains, and --interpolate shows their way: leave one out",
+            "--save-array takes the ends of chains, --interpolate shows their way: leave one out",
         ),
         (
             args.from_images and args.source == "buffer",

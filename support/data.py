@@ -185,7 +185,7 @@ def _torchvision_split(name: str, data_dir: str | Path, train: bool) -> Split:
 
 
 def torchvision_part(name: str, data_dir: str | Path, download: bool, train: bool = False) -> Any:
-    """Return a part of a torchvision data set, downloaded if missing. Raises UserError if not had."""
+    """Return a part of a torchvision data set, or raise UserError if it cannot be had."""
     import torchvision.datasets
 
     kind, settings, parts = TORCHVISION[name]
@@ -261,7 +261,7 @@ def _labelled_arrays(path: Path, image_size: int | None) -> Split:
 
 
 def _class_folders(root: Path, image_size: int | None) -> list[Split]:
-    """Return the images below train/ and test/, or below the folder itself, as two splits or one."""
+    """Return the images below train/ and test/, or below the folder itself: two splits or one."""
     parts = [root]
     if (root / "train").is_dir():
         parts = [root / name for name in ("train", "test") if (root / name).is_dir()]

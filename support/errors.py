@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 SECONDS_TO_SAY_WHY = 2
 
@@ -47,7 +48,7 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         rank = torchrun_rank()
         try:
             return main(*args, **kwargs)

@@ -71,7 +71,7 @@ class Compiled:
     ) -> tuple[Tensor, Tensor]:
         """Take a step as `sgld.langevin_step` does; made: what was made of the weights, by key."""
         named = (("x", x), ("noise", noise), ("labels", labels))
-        given = {name: part for name, part in named if part is not None}
+        given: dict[str, Any] = {name: part for name, part in named if part is not None}
         layout = ((k, part.shape, part.dtype, part.stride()) for k, part in given.items())
         key = (energy, langevin, *layout)
         plain = partial(langevin_step, energy, langevin=langevin)

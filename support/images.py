@@ -1,9 +1,14 @@
-"""Pictures as users have them: files, folders, .npz and .npy, brought to the model's shape."""
+"""Pictures as users have them: files, folders, .npz and .npy, brought to the model's shape.
+
+And the .npz of images that leaves the project.
+"""
 
 from __future__ import annotations
 
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +137,36 @@ def fit_shape(found: list, shape: Sequence[int]) -> tuple[Tensor, str]:
             image = image.clamp(0, 1)
         fitted.append(image)
     return to_model(torch.stack(fitted)), ", ".join(sorted(done)) or "as it is"
+
+
+@contextmanager
+def array_writer(path: Path, shape: tuple[int, ...]) -> Iterator[Callable]:
+    """Yield a function that appends images (n, C, H, W) to `images` of an .npz, block by block.
+
+    path: the file, replaced once it is whole. shape: (N, C, H, W) in all. The function's labels are
+    gathered and written last. Raises UserError if the file cannot be written.
+    """
+    temporary, labels = Path(f"{path}.tmp"), []
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("images.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+
+                def append(images: Tensor, block_labels: Tensor | None) -> None:
+                    pixels = to_unit(images).float().cpu().numpy()
+                    file.write(np.ascontiguousarray(pixels).astype("<f4").tobytes())
+                    if block_labels is not None:
+                        labels.append(block_labels.cpu().numpy())
+
+                yield append
+            if labels:
+                with archive.open("labels.npy", "w") as file:
+                    np.lib.format.write_array(file, np.concatenate(labels))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(path)!r} ({error.strerror}): name another file with --save-array"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

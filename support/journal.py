@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,20 @@ class Journal:
             plots.save_grid(chains[:GRID_CHAINS], self.folder / "samples.png")
 
     def save_grids(
-        self, chains: Tensor, ages: Tensor, iteration: int, epoch: float, energies: dict[str, Any]
+        self,
+        buffer: Any,
+        iteration: int,
+        epoch: float,
+        data: Tensor,
+        energies: Callable[[Tensor], Tensor],
     ) -> None:
         """Write samples.png and the numbered grid of now; for TensorBoard histograms as well.
 
-        chains: (N, C, H, W). ages: (N,) Langevin steps. energies: {name: () -> (N,) energies}.
+        buffer: a ReplayBuffer. data: (N, C, H, W), to compare energies with. energies: of images.
         """
         if not self.ranks.first:
             return
+        chains = buffer.images
         self.save_grid(chains)
         grids = self.folder / "grids"
         if iteration == 0:
@@ -114,6 +121,7 @@ class Journal:
         plots.save_grid(chains[:GRID_CHAINS], grids / f"epoch-{epoch:05.1f}.png")
         if self.board:
             self.board.add_images("buffer", to_unit(chains[:GRID_CHAINS]), iteration)
-            self.board.add_histogram("chain age [steps]", ages, iteration)
-            for name, values in energies.items():
-                self.board.add_histogram(f"energy of {name}", values(), iteration)
+            self.board.add_histogram("chain age [steps]", buffer.ages, iteration)
+            for name, images in {"validation images": data, "chains": chains}.items():
+                values = energies(images[:1000])
+                self.board.add_histogram(f"energy of {name}", values, iteration)

@@ -44,7 +44,7 @@ def _labels(labels: Values, num_classes: int) -> Tensor:
 
 
 def _logits_and_labels(logits: Values, labels: Values) -> tuple[Tensor, Tensor]:
-    """Return float64 logits (N, K), K >= 2, and int64 labels (N,) on the CPU, or raise ValueError."""
+    """Return float64 logits (N, K), K >= 2, and int64 labels (N,) on the CPU, or ValueError."""
     logits = _finite(logits, "logits", 2).cpu().double()
     labels = _labels(labels, logits.shape[1])
     if len(labels) != len(logits):
@@ -86,14 +86,13 @@ def classification(logits: Values, labels: Values) -> dict[str, Any]:
 def _reliability(confidence: Tensor, correct: Tensor, bins: int) -> list[dict[str, Any]]:
     """Return the equal-width bins of a reliability diagram; of an empty bin the means are None."""
     edges = torch.linspace(0, 1, bins + 1)
-    indices = (
-        torch.bucketize(confidence.float(), edges, right=True) - 1
-    )  # in float32, as torchmetrics bins
+    # in float32, as torchmetrics bins
+    indices = torch.bucketize(confidence.float(), edges, right=True) - 1
     rows = []
     for index in range(bins):
         inside = indices == index
         count = int(inside.sum())
-        row = {"low": index / bins, "high": (index + 1) / bins, "count": count}
+        row: dict[str, Any] = {"low": index / bins, "high": (index + 1) / bins, "count": count}
         for name, values in (("confidence", confidence), ("accuracy", correct)):
             row[name] = values[inside].mean().item() if count else None
         rows.append(row)
@@ -114,9 +113,9 @@ def calibration(logits: Values, labels: Values, bins: int = 15) -> dict[str, Any
     """Compare the confidence in the predicted class, max_k p_k, with how often it is right.
 
     ece = sum_b n_b / N |accuracy_b - confidence_b| over bins of equal width (Guo et al. 2017, arXiv
-    1706.04599); mce = max_b of the same gap; adaptive_ece = ece over bins of equal mass, whose sizes
-    differ by one at most (Nguyen and O'Connor 2015, arXiv 1508.05154; Nixon et al. 2019, arXiv
-    1904.01685). All in 0..1.
+    1706.04599); mce = max_b of the same gap; adaptive_ece = ece over bins of equal mass, whose
+    sizes differ by one at most (Nguyen and O'Connor 2015, arXiv 1508.05154; Nixon et al. 2019,
+    arXiv 1904.01685). All in 0..1.
     logits: (N, K) float; labels: (N,) int in 0..K-1; bins: >= 1. Raises ValueError for others.
     Returns {"ece", "adaptive_ece", "mce", "bins", "reliability"}; reliability lists the bins of
     equal width, closed below, as {"low", "high", "count", "confidence", "accuracy"}, the last two
@@ -152,15 +151,15 @@ def calibration(logits: Values, labels: Values, bins: int = 15) -> dict[str, Any
 def fit_temperature(logits: Values, labels: Values) -> float:
     """Fit the T > 0 that minimises the negative log-likelihood of logits / T, by LBFGS on log T.
 
-    The NLL is convex in 1/T, so its slopes at T = 0.01 and 100 tell whether the best T lies between;
-    if not (all images right: T -> 0; no better than chance: T -> inf) that end is returned.
+    The NLL is convex in 1/T, so its slopes at T = 0.01 and 100 tell whether the best T lies
+    between. If not (all images right: T -> 0; no better than chance: T -> inf) that end is
+    returned.
     logits: (N, K) float of held-out images; labels: (N,) int in 0..K-1. Raises ValueError for
     others. Source: Guo et al. 2017, arXiv 1706.04599.
     """
     logits, labels = _logits_and_labels(logits, labels)
-    logits = logits - logits.gather(
-        1, labels[:, None]
-    )  # about the true class, whose term of the slope is then 0
+    # about the true class, whose term of the slope is then 0
+    logits = logits - logits.gather(1, labels[:, None])
     slopes = [
         ((logits / t).softmax(1) * logits).sum(1).mean() for t in (0.01, 100)
     ]  # dNLL / d(1/T)
@@ -184,10 +183,10 @@ def detection(scores_in: Values, scores_out: Values, name: str = "score") -> dic
     """Score how well an OOD score ranks: out-of-distribution images are positive, high means OOD.
 
     auroc = P(in < out) + P(in = out) / 2; average_precision (a useless score has the share of OOD
-    images); fpr95 = share of in-distribution images flagged at the highest threshold that flags 95 %
-    of the OOD images (papers that call in-distribution positive keep 95 % of those instead). All in
-    0..1. Source: Hendrycks and Gimpel 2017, arXiv 1610.02136; for fpr95 Liang et al. 2018, arXiv
-    1706.02690.
+    images); fpr95 = share of in-distribution images flagged at the highest threshold that flags
+    95 % of the OOD images (papers that call in-distribution positive keep 95 % of those instead).
+    All in 0..1. Source: Hendrycks and Gimpel 2017, arXiv 1610.02136; for fpr95 Liang et al. 2018,
+    arXiv 1706.02690.
     scores_in: (N,), scores_out: (M,) float, unbounded. name: of the score, for the error if one is
     not finite. Returns {"auroc", "average_precision", "fpr95", "n_in": N, "n_out": M}.
 
@@ -265,10 +264,10 @@ def frechet_distance(features_a: Values, features_b: Values) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     first, second = (part.cpu() for part in _two_feature_sets(features_a, features_b, least=2))
-    network = nn.Identity()
+    network: Any = nn.Identity()
     network.num_features = first.shape[1]  # else torchmetrics sends a random image to see the width
-    distance = FrechetInceptionDistance(feature=network, sync_on_compute=False)
-    distance = distance.set_dtype(torch.float64)
+    distance: Any = FrechetInceptionDistance(feature=network, sync_on_compute=False)
+    distance.set_dtype(torch.float64)
     distance.update(first, real=True)
     distance.update(second, real=False)
     return max(distance.compute().item(), 0.0)
@@ -319,8 +318,8 @@ def nearest(images: Values, pool: Values, chunk: int = 500) -> tuple[list[float]
     In each block of the pool a float64 distance by matmul proposes four candidates and their exact
     distances decide, so a copy is at distance 0. Among equals any may be named.
     images: (N, ...), pool: (M, ...), each image of one shape. chunk: images in a block; the pool's
-    are ten times that. Returns N distances >= 0 and N indices in 0..M-1. Raises ValueError for other
-    shapes.
+    are ten times that. Returns N distances >= 0 and N indices in 0..M-1. Raises ValueError for
+    other shapes.
     """
     images, pool = _finite(images, "images"), _finite(pool, "pool")
     if images.dim() < 2 or images.shape[1:] != pool.shape[1:]:
@@ -347,8 +346,8 @@ def split_rhat(series: Values) -> float:
     """Return split R-hat: near 1 if the halves of all chains agree in their mean, else above.
 
     sqrt((n - 1) / n + (B / n) / W) over the halves, of n draws each; W: mean of their variances,
-    B / n: variance of their means, both over N - 1. The middle one of an odd number of draws is left
-    out. series: (chains, draws) float, 4 or more draws. Raises ValueError for others and if no
+    B / n: variance of their means, both over N - 1. The middle one of an odd number of draws is
+    left out. series: (chains, draws) float, 4 or more draws. Raises ValueError for others and if no
     chain moves. Source: Gelman et al., "Bayesian Data Analysis", 3rd ed., section 11.4; Vehtari et
     al. 2021, arXiv 1903.08008, without rank normalisation.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgld_nrg.support.data import TORCHVISION, raw_images, torchvision_part
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.images import fit_shape, stored_images
+from sgld_nrg.support.images import Pictures, fit_shape, stored_images
 
 
 def _uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -70,7 +70,7 @@ def load_ood(
         return made[chosen].contiguous(), "made from the test images' shape"
     if name in TORCHVISION:
         part = torchvision_part(name, data_dir, download)
-        pictures = (
+        pictures: Pictures = (
             [part[index][0] for index in range(len(part))]
             if name == "omniglot"
             else raw_images(part)

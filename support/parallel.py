@@ -46,7 +46,7 @@ class Alone:
         return model
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """Return on every rank what make(), called on rank 0, returns; a UserError ends them all."""
+        """Return on every rank what make() returns on rank 0; a UserError there ends them all."""
         return make()
 
     def largest(self, *values: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""Read a command line, once: flags as rows of a table, a preset as defaults, mistakes in a sentence.
+"""Read a command line, once: flags as rows of a table, presets, mistakes in a sentence.
 
 No torch here: a script reads its command line before it loads torch, so --help and a mistyped flag
 answer at once.

@@ -109,8 +109,8 @@ class GaussianRestart:
     ) -> GaussianRestart:
         """Fit to images (N, ...) float in [-1, 1], labels (N,) in 0..K-1, two images a class.
 
-        parts: (N,) int64 in 0..C-1, which of its class's Gaussians an image belongs to; None: C = 1.
-        A part with fewer than two images keeps its mean alone, and an empty one is never drawn.
+        parts: (N,) int64 in 0..C-1, which of its class's Gaussians an image belongs to; None: one
+        a class. A part of one image keeps its mean alone; an empty one is never drawn.
         Raises ValueError if a class has fewer than two images.
         """
         flat = images.flatten(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sgld_nrg.models import build_model, energy_of, logits_of
+from sgld_nrg.sgld import run_chains
 from sgld_nrg.support import fast
 from sgld_nrg.support.checkpoints import Checkpoint, open_checkpoint, training_folder
 from sgld_nrg.support.commands import check_draws, describe_settings
@@ -34,7 +35,7 @@ DRY_RUN_ITERATIONS = 3
 
 
 class Setup(NamedTuple):
-    """Where a training takes place: its data, its folder, its device, the processes that share it."""
+    """Where a training takes place: its data, folder, device, and the processes that share it."""
 
     dataset: Dataset
     folder: Path
@@ -84,10 +85,10 @@ def model_config_from(args: Namespace, dataset: Dataset) -> dict[str, Any]:
 class Training:
     """The state of one training, resumable at any iteration, and the parts of its loop.
 
-    args: parsed flags. phase: "classifier" or "jem". weights: the state_dict that the network starts
-    from, or None for fresh weights. resumed: the checkpoint of a stopped run to go on from, or None.
-    max_minutes: the wall-clock budget, counted from the script's start. Each rank has a generator of
-    its own and takes an equal share of every batch.
+    args: parsed flags. phase: "classifier" or "jem". weights: the state_dict that the network
+    starts from, or None for fresh weights. resumed: the checkpoint of a stopped run to go on from,
+    or None. max_minutes: the wall-clock budget, counted from the script's start. Each rank has a
+    generator of its own and takes an equal share of every batch.
 
     model: the network that is trained. averaged: the one whose weights are kept, an exponential
     moving average of the trained one's, or that one itself if args.ema_decay is 0. energy: the
@@ -142,10 +143,10 @@ class Training:
         self.iteration, self.rollbacks = 0, 0
         self.progress, self.stopping = 0.0, 0  # what all ranks agree on; see `_agree`
         self.graphs: fast.Graphs | None = None  # of whole iterations
-        self.run_chains: fast.Chains = fast.chains_from(args, self.model)
+        self.run_chains: fast.Chains = run_chains
         if phase == "jem":  # the classifier's training runs no chains
-            self._set_up_graphs()
-        # on a GPU, or several ranks, the row of metrics.csv finds what is not finite, without waiting
+            self._set_up_chains()
+        # elsewhere the row of metrics.csv finds what is not finite, without a wait each iteration
         self.checks_chains = device.type == "cpu" and self.ranks.count == 1
         self.journal = Journal(phase, self.ranks)
         self.lr = args.lr
@@ -154,8 +155,9 @@ class Training:
             self.load_state_dict(resumed["training"])
         self.began = time.perf_counter()
 
-    def _set_up_graphs(self) -> None:
-        """Choose the CUDA graphs: of whole iterations, or of the chains if gradients must meet."""
+    def _set_up_chains(self) -> None:
+        """Choose how chains run; CUDA graphs are of whole iterations, on many ranks of chains."""
+        self.run_chains = fast.chains_from(self.args, self.model)
         graphs = fast.graphs_from(self.args, self.device, self.ranks.count)
         if self.ranks.count == 1:
             self.graphs = graphs
@@ -164,7 +166,7 @@ class Training:
 
     def open(self, go_on: str | None = None) -> None:
         """Begin to write to the run's folder; go_on: as in `Journal.open`."""
-        resolved = {"device": str(self.device), "precision": self.precision}
+        resolved: dict[str, Any] = {"device": str(self.device), "precision": self.precision}
         resolved |= {"processes": self.ranks.count, "model_config": self.model_config}
         self.journal.open(self.folder, self.args, self.resumed_at, go_on, **resolved)
 
@@ -205,7 +207,7 @@ class Training:
                     )
 
     def _agree(self) -> None:
-        """Settle, for all ranks alike, the progress, the signal that ends the run, the last save."""
+        """Settle for all ranks the progress, the signal to stop, the time since the last save."""
         since_save = time.perf_counter() - self.journal.saved
         mine = self.budget.progress(self.iteration), self.signals.pending, since_save
         self.progress, stopping, self.since_save = self.ranks.largest(*mine)

@@ -1,1 +1,1 @@
-"""The report, a file for each section: what it measures (`measure`) and how it says it (`words`)."""
+"""The report, a file for each section: what it measures (`measure`), how it says it (`words`)."""

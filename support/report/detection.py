@@ -67,8 +67,8 @@ def ood_scores(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
 def detect(inside: np.ndarray, outside: np.ndarray, name: str, resamples: int) -> dict[str, Any]:
     """Return metrics.detection with a bootstrap 95 % interval for each of its measures."""
 
-    def again(*scores: np.ndarray) -> list[float]:
-        found = metrics.detection(*scores)
+    def again(inside: np.ndarray, outside: np.ndarray) -> list[float]:
+        found = metrics.detection(inside, outside)
         return [found[measure] for measure in MEASURES]
 
     found = metrics.detection(inside, outside, name)

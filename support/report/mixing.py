@@ -13,7 +13,7 @@ from sgld_nrg.support.report.study import Study, fresh_chains
 
 
 def measure(study: Study) -> dict[str, Any]:
-    """Follow chains: energy, displacement, saturation; split R-hat and autocorrelation after half."""
+    """Follow chains: energy, displacement, saturation; after half split R-hat, autocorrelation."""
     energies: list[Tensor] = []
     displacements: list[float] = []
     saturated: list[float] = []

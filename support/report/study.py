@@ -159,7 +159,7 @@ def fresh_chains(
     return extend(checkpoint, model, x, steps, generator, callback=callback)
 
 
-def features_of(network: nn.Module, images: Tensor) -> Tensor:
+def features_of(network: Any, images: Tensor) -> Tensor:
     """Return the features (N, D) by which images (N, C, H, W) are judged.
 
     What a chain left outside of [-1, 1] is clamped before it is judged, as a picture file would.
@@ -168,7 +168,7 @@ def features_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def compare(
-    network: nn.Module, features: Tensor, reference: Tensor, floor: float | None, num_classes: int
+    network: Any, features: Tensor, reference: Tensor, floor: float | None, num_classes: int
 ) -> dict[str, Any]:
     """Compare the features (N, D) of images with a reference's.
 
