@@ -159,6 +159,7 @@ def run_chains(
     [1.0, 1.0]
     """
     langevin.check()
+    check_start(x)
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, not {steps}")
     if chunk_size is not None and chunk_size < 1:
@@ -209,6 +210,17 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
             part.training = mode
         for parameter, requires_grad in grads:
             parameter.requires_grad_(requires_grad)
+
+
+def check_start(x: Tensor) -> None:
+    """Raise ValueError for a start that has no gradient: whole numbers, or in inference mode."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating-point numbers, not {x.dtype}: call x.float() first")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise ValueError(
+            "a gradient in x cannot be had in torch.inference_mode, nor of a tensor made in it: "
+            "use torch.no_grad there, which is harmless here, or clone x outside"
+        )
 
 
 def module_of(function: Callable) -> nn.Module | None:

@@ -113,7 +113,15 @@ class ReplayBuffer:
         return slots, images, labels
 
     def put(self, slots: Tensor, images: Tensor, steps: int) -> None:
-        """Write chains back to the slots they were drawn from, `steps` Langevin steps older."""
+        """Write chains back to the slots they were drawn from, `steps` Langevin steps older.
+
+        Raises ValueError unless there is one chain, of the buffer's shape, for each slot.
+        """
+        if images.shape != (len(slots), *self.images.shape[1:]):
+            raise ValueError(
+                f"{len(slots)} slots want chains of shape {tuple(self.images.shape[1:])}; "
+                f"got {tuple(images.shape)}"
+            )
         self.images[slots] = images
         self.ages[slots] += steps
 

@@ -6,13 +6,22 @@ on [0, 1], as papers state them, and are doubled here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sgld_nrg.sgld import Energy, Langevin, frozen, langevin_step, module_of, run_chains
+from sgld_nrg.sgld import (
+    Energy,
+    Langevin,
+    check_start,
+    frozen,
+    langevin_step,
+    module_of,
+    run_chains,
+)
 
 NORMS = ("linf", "l2")
 
@@ -46,6 +55,7 @@ def pgd(
     draws: int = 1,
     generator: torch.Generator | None = None,
     module: nn.Module | None = None,
+    pixel_range: tuple[float, float] = (-1, 1),
 ) -> Attack:
     """Attack images by projected gradient ascent on the cross-entropy, from random starts.
 
@@ -54,7 +64,7 @@ def pgd(
     first the ball, then the pixel range, and the result lies in both.
 
     logits_of: x (N, C, H, W) -> logits (N, K), differentiable and row by row; it may be random.
-    x: (N, C, H, W) float, pixels in [-1, 1]. labels: (N,) int64 in 0..K-1.
+    x: (N, C, H, W) float, pixels in pixel_range. labels: (N,) int64 in 0..K-1.
     norm: "linf", or "l2" over all pixels and channels of an image.
     eps: >= 0, radius of the ball, in pixels on [0, 1]; 0 gives the clean images back.
     attack_steps: >= 1. attack_step_size: > 0, in pixels on [0, 1]; None: 2.5 * eps / attack_steps.
@@ -63,6 +73,8 @@ def pgd(
     draws: >= 1, of a random logits_of, over which the gradient of the loss is averaged (expectation
         over transformation) and whose mean softmax decides the class.
     generator: torch.Generator on x's device, for the random starts.
+    pixel_range: (low, high) of the pixels, which the attack stays in: (0, 1) for a network that
+        takes such images. A warning says so if none of the images has a pixel below 0.
     module: the network behind logits_of, held in eval mode with frozen parameters meanwhile (see
         `sgld.frozen`); found without being named if logits_of is a Module or a method of one.
 
@@ -76,7 +88,7 @@ def pgd(
     A linear classifier of one pixel, x >= 0 or not: an attack of 0.1 on [0, 1] flips what lies
     within 0.2 of 0.
 
-    >>> x, labels = torch.tensor([0.1, 0.5]).view(2, 1, 1, 1), torch.tensor([1, 1])
+    >>> x, labels = torch.tensor([0.1, -0.5]).view(2, 1, 1, 1), torch.tensor([1, 0])
     >>> pgd(lambda x: torch.cat([-x.flatten(1), x.flatten(1)], 1), x, labels, "linf", 0.1).correct
     tensor([False,  True])
 
@@ -89,24 +101,24 @@ def pgd(
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
-    if not (x.abs() <= 1).all():
-        raise ValueError("x must have pixels in [-1, 1]: scale the images first")
-    radius = 2 * eps
-    length = 2 * (2.5 * eps / attack_steps if attack_step_size is None else attack_step_size)
-    x = x.detach()
+    low, high = pixel_range
+    _check_images(x, labels, low, high)
+    radius = (high - low) * eps
+    attack_step_size = 2.5 * eps / attack_steps if attack_step_size is None else attack_step_size
+    length, x = (high - low) * attack_step_size, x.detach()
     first = None
     with frozen(module or module_of(logits_of)):
         best, (wrong, loss) = x, _evaluate(logits_of, x, labels, draws)
         _check_finite(loss.mean()[None], "on the clean images")
         for start in range(random_starts):
-            images = (x + _random_start(x, norm, radius, generator)).clamp_(-1, 1)
+            images = (x + _random_start(x, norm, radius, generator)).clamp_(low, high)
             means = []
             for _ in range(attack_steps):
                 now, gradient = _loss_and_gradient(logits_of, images, labels, draws)
                 means.append(now.mean())
                 delta = _project(images - x + length * _direction(gradient, norm), norm, radius)
                 # x is in the pixel range: clamping only shrinks delta, which stays in the ball
-                images = (x + delta).clamp_(-1, 1)
+                images = (x + delta).clamp_(low, high)
             now_wrong, now = _evaluate(logits_of, images, labels, draws)
             losses = torch.stack([*means, now.mean()])
             _check_finite(losses, f"of {attack_steps} of random start {start}")
@@ -139,8 +151,9 @@ def single_step(
     Source: Wong et al., "Fast is better than free: Revisiting adversarial training" (arXiv
     2001.03994), algorithm 3.
     """
-    x = x.detach().clamp(-1, 1)
     _check(norm, eps, attack_step_size)
+    x = x.detach().clamp(-1, 1)
+    _check_labels(x, labels)
     radius, length = 2 * eps, 2 * (1.25 * eps if attack_step_size is None else attack_step_size)
     delta = _random_start(x, norm, radius, generator)
     with frozen(module or module_of(logits_of)):
@@ -266,6 +279,25 @@ def _check(norm: str, eps: float, attack_step_size: float | None) -> None:
         raise ValueError(f"eps must be 0 or a positive number, not {eps}")
     if attack_step_size is not None and not 0 < attack_step_size < float("inf"):
         raise ValueError(f"attack_step_size must be a positive number, not {attack_step_size}")
+
+
+def _check_labels(x: Tensor, labels: Tensor) -> None:
+    """Refuse images without a gradient, and labels that are not one an image."""
+    check_start(x)
+    if labels.shape != (len(x),):
+        raise ValueError(f"labels must have shape ({len(x)},), one an image: {tuple(labels.shape)}")
+
+
+def _check_images(x: Tensor, labels: Tensor, low: float, high: float) -> None:
+    """Refuse images that are not scaled, and warn of some that may be scaled otherwise."""
+    _check_labels(x, labels)
+    if not ((x >= low) & (x <= high)).all():
+        raise ValueError(f"x must have pixels in [{low}, {high}]: scale the images first")
+    if low < 0 and x.numel() and x.min() >= 0 and x.max() > 0:
+        warnings.warn(
+            "no image has a pixel below 0: if they are scaled to [0, 1], give pixel_range=(0, 1)",
+            stacklevel=3,
+        )
 
 
 def _check_finite(losses: Tensor, where: str) -> None:

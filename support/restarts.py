@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,34 +15,6 @@ GOLDEN_RATIO = (1 + 5**0.5) / 2
 LARGE = 1024  # coordinates up to which a Gaussian's covariance is decomposed exactly
 COMPONENTS = 30  # principal components of a class that its clusters are found by
 CLUSTER_SIZE = 50  # images, on average, at least
-
-
-class Restart(Protocol):
-    """A distribution that chains start in.
-
-    num_classes: K. shape: of one chain, such as (C, H, W).
-    """
-
-    num_classes: int
-    shape: tuple[int, ...]
-
-    def labels(self, numbers: Tensor) -> Tensor:
-        """Return the classes (N,) int64 of the chains of these numbers, (N,) int64."""
-        ...
-
-    def draw(
-        self, labels: Tensor, generator: torch.Generator | None = None, wanted: Tensor | None = None
-    ) -> Tensor:
-        """Draw one start for each of labels (N,): (N, *shape) float, on the labels' device.
-
-        wanted: (N,) bool, the rows that are needed, or None for all; the others may hold anything,
-        and what is drawn for the wanted ones does not depend on it.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `restart_from_state` needs: plain types and tensors."""
-        ...
 
 
 class UniformRestart:
@@ -60,7 +32,7 @@ class UniformRestart:
     def draw(
         self, labels: Tensor, generator: torch.Generator | None = None, wanted: Tensor | None = None
     ) -> Tensor:
-        """Draw starts, as `Restart.draw` says; wanted changes nothing."""
+        """Draw one start for each of labels (N,): (N, *shape) float; wanted changes nothing."""
         size = (len(labels), *self.shape)
         return torch.rand(size, device=labels.device, generator=generator).mul_(2).sub_(1)
 
@@ -80,7 +52,8 @@ class GaussianRestart:
 
     mean: (K C, D), the C Gaussians of a class one after the other. factor: (K C, D, rank).
     shape: of one chain, D = product of shape. weights: (K, C), how often each of the Gaussians is
-    drawn, of any sum, or None for all alike and C = 1.
+    drawn, of any sum, or None for all alike and C = 1. clamp: (low, high) that starts are clamped
+    to.
 
     >>> images, labels = torch.rand(100, 1, 4, 4) * 2 - 1, torch.arange(100) % 2
     >>> restart = GaussianRestart.fit(images, labels, num_classes=2, rank=3)
@@ -91,11 +64,16 @@ class GaussianRestart:
     kind = "gaussian"
 
     def __init__(
-        self, mean: Tensor, factor: Tensor, shape: Sequence[int], weights: Tensor | None = None
+        self,
+        mean: Tensor,
+        factor: Tensor,
+        shape: Sequence[int],
+        weights: Tensor | None = None,
+        clamp: tuple[float, float] = (-1, 1),
     ):
         self.mean, self.factor, self.shape = mean, factor, tuple(shape)
         alike = torch.ones(len(mean), 1, device=mean.device)
-        self.weights = alike if weights is None else weights
+        self.weights, self.clamp = alike if weights is None else weights, clamp
         self.num_classes = len(self.weights)
 
     @classmethod
@@ -107,13 +85,17 @@ class GaussianRestart:
         rank: int = 64,
         parts: Tensor | None = None,
     ) -> GaussianRestart:
-        """Fit to images (N, ...) float in [-1, 1], labels (N,) in 0..K-1, two images a class.
+        """Fit to images (N, ...) float, labels (N,) in 0..K-1, two images a class.
 
+        Starts are clamped to [-1, 1], or to the images' range if that is another.
         parts: (N,) int64 in 0..C-1, which of its class's Gaussians an image belongs to; None: one
         a class. A part of one image keeps its mean alone; an empty one is never drawn.
         Raises ValueError if a class has fewer than two images.
         """
-        flat = images.flatten(1)
+        low, high = float(images.min()), float(images.max())
+        clamp = (-1.0, 1.0) if -1 <= low <= high <= 1 else (low, high)
+        half = images.dtype in (torch.float16, torch.bfloat16)  # too coarse to decompose
+        flat = images.flatten(1).float() if half else images.flatten(1)
         parts = torch.zeros_like(labels) if parts is None else parts
         count = int(parts.max()) + 1
         means, factors, weights = [], [], []
@@ -134,7 +116,8 @@ class GaussianRestart:
                     else flat.new_zeros(flat.shape[1], rank)
                 )
         drawn = torch.tensor(weights, device=flat.device).view(num_classes, count)
-        return cls(torch.stack(means), torch.stack(factors), images.shape[1:], drawn)
+        mean, factor = (torch.stack(each).to(images.dtype) for each in (means, factors))
+        return cls(mean, factor, images.shape[1:], drawn, clamp)
 
     def labels(self, numbers: Tensor) -> Tensor:
         """Return the classes (N,) of the chains of these numbers, as frequent as in training.
@@ -149,9 +132,14 @@ class GaussianRestart:
     def draw(
         self, labels: Tensor, generator: torch.Generator | None = None, wanted: Tensor | None = None
     ) -> Tensor:
-        """Draw starts, clamped to [-1, 1], as `Restart.draw` says."""
+        """Draw one start for each of labels (N,): (N, *shape), clamped, on the labels' device.
+
+        wanted: (N,) bool, the rows that are needed, or None for all; the others may hold anything,
+        and what is drawn for the wanted ones does not depend on it.
+        """
         size = (len(labels), self.factor.shape[2])
-        z = torch.randn(size, device=labels.device, generator=generator)
+        kind = self.mean.dtype
+        z = torch.randn(size, dtype=kind, device=labels.device, generator=generator)
         which = labels
         if self.weights.shape[1] > 1:
             # as torch.multinomial draws, without its checks, which cost more than the draw
@@ -160,11 +148,11 @@ class GaussianRestart:
             which = labels * weights.shape[1] + (weights / waits).argmax(1)
         on_cpu = labels.device.type == "cpu"
         x = self._one_by_one(z, which, wanted) if on_cpu else self._at_once(z, which)
-        return x.clamp_(-1, 1).view(-1, *self.shape)
+        return x.clamp_(*self.clamp).view(-1, *self.shape)
 
     def _one_by_one(self, z: Tensor, which: Tensor, wanted: Tensor | None) -> Tensor:
         """Return mean + factor z of the Gaussians `which`, (N, D), in turn: the least work."""
-        x = torch.zeros((len(which), self.mean.shape[1]))
+        x = self.mean.new_zeros(len(which), self.mean.shape[1])
         for index in which.unique() if wanted is None else which[wanted].unique():
             rows = which == index
             x[rows] = self.mean[index] + z[rows] @ self.factor[index].T
@@ -177,7 +165,11 @@ class GaussianRestart:
     def state_dict(self) -> dict[str, Any]:
         """Return what `restart_from_state` needs: plain types and tensors."""
         tensors = {"mean": self.mean, "factor": self.factor, "weights": self.weights}
-        return {"kind": self.kind, "shape": list(self.shape), **tensors}
+        rest = {"kind": self.kind, "shape": list(self.shape), "clamp": list(self.clamp)}
+        return {**rest, **tensors}
+
+
+Restart = UniformRestart | GaussianRestart
 
 
 def restart_from_flags(args: Namespace, dataset: Dataset, device: torch.device) -> Restart:
@@ -198,7 +190,8 @@ def restart_from_state(state: dict[str, Any], device: torch.device | str = "cpu"
         return UniformRestart(state["shape"], state["num_classes"])
     weights = state["weights"].to(device) if "weights" in state else None
     mean, factor = state["mean"].to(device), state["factor"].to(device)
-    return GaussianRestart(mean, factor, state["shape"], weights)
+    clamp = tuple(state.get("clamp", (-1, 1)))  # checkpoints of 0.1.0 have none
+    return GaussianRestart(mean, factor, state["shape"], weights, clamp)
 
 
 def clusters(images: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:
