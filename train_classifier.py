@@ -36,6 +36,13 @@ from sgld_nrg.support.training import Setup, Training, model_config_from, set_up
 OUTPUTS = ("classifier.pt", "curves.png", "metrics.csv", "config.json")
 PRETRAINING_SHARE = 0.2  # of --max-minutes, at most
 AGAIN = "the same command again goes on with it"
+# The flags that decide what a pretraining gives.
+PRETRAINING_FLAGS = (
+    *("dataset", "image_size", "arch", "width", "depth", "stem_stride", "seed"),
+    *("pretrain_epochs", "max_minutes", "batch_size", "optimizer", "lr", "lr_floor"),
+    *("warmup_iterations", "weight_decay", "max_grad_norm", "ema_decay", "input_noise"),
+    *("augment", "flip_prob", "precision"),
+)
 
 
 def train(
@@ -71,6 +78,7 @@ def train(
             if val_loss < best["val_cross_entropy"]:
                 best = {"model": run.averaged_weights(), "val_cross_entropy": val_loss}
         if run.save_is_due():
+            run.check_weights()
             checkpoint = {
                 "model_config": run.model_config,
                 "model": run.averaged_weights(),  # until an epoch has ended
@@ -86,13 +94,16 @@ def train(
 
 
 def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
-    """Return the classifier that a JEM starts from.
+    """Return the classifier that a JEM starts from, and say which one it is.
 
-    It comes from --classifier, else from classifier.pt in the run's folder, which is trained if it
-    is missing or unfinished. Raises UserError if it has another architecture or data set.
+    It is --classifier, or a finished one that train_classifier.py left in the run's folder; else
+    one is trained there with this run's flags, or goes on if it was stopped. Raises UserError if
+    what is there was trained with other flags, or has another architecture or data set.
     """
     path = Path(args.classifier or setup.folder / "classifier.pt")
     found = load_for_all(path, "classifier", setup.ranks, optional=not args.classifier)
+    if not args.classifier:
+        found = _of_this_run(found, path, args)
     if found is None or not (found["finished"] or args.classifier):
         print(f"no finished classifier in {setup.folder}: training one first", flush=True)
         args = Namespace(**{**vars(args), "epochs": args.pretrain_epochs})
@@ -107,6 +118,35 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
             f"{found['model_config']}, and this run is for {name} with {wanted}: "
             "give the same --arch, --width and --depth, or another --classifier"
         )
+    return found
+
+
+def _of_this_run(found: Checkpoint | None, path: Path, args: Namespace) -> Checkpoint | None:
+    """Return the classifier of a run's folder if this run may use it, None if it is replaced.
+
+    One that a pretraining left must have this run's flags; one of train_classifier.py is the
+    user's own choice, if it is finished.
+    """
+    if found is None:
+        return None
+    if "pretrain_epochs" not in found["args"]:
+        if not found["finished"]:
+            raise UserError(
+                f"{str(path)!r} is an unfinished classifier of train_classifier.py: finish it "
+                "there with --resume, or start from it as it is with --classifier"
+            )
+        return found
+    for name in PRETRAINING_FLAGS:
+        before, now = found["args"].get(name), getattr(args, name)
+        if before != now and args.overwrite:
+            print(f"the classifier {path} had {name} {before}, not {now}: it is replaced")
+            return None
+        if before != now:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{str(path)!r} was pretrained with {flag} {before}, and this run has {now}: give "
+                f"the same flags, train it anew with --overwrite, or use it with --classifier"
+            )
     return found
 
 

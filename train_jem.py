@@ -19,9 +19,7 @@ if __name__ == "__main__":
 
 import shlex
 from argparse import Namespace
-from collections import deque
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +32,7 @@ from sgld_nrg.support.attacks import single_step
 from sgld_nrg.support.augment import add_noise, augmented
 from sgld_nrg.support.checkpoints import Checkpoint
 from sgld_nrg.support.errors import exits_cleanly
-from sgld_nrg.support.guard import Guard, largest_gap, roll_back, snapshot
+from sgld_nrg.support.guard import Guard, Healthy, largest_gap
 from sgld_nrg.support.log import report_files
 from sgld_nrg.support.parallel import keep_share, whole_state
 from sgld_nrg.support.parser import plain
@@ -286,7 +284,8 @@ def train(
     if not resumed:
         save_grids(run, buffer)
 
-    healthy = deque([snapshot(run, buffer, guard)], maxlen=3)
+    healthy = Healthy(run, buffer, guard)
+    healthy.resume(resumed.get("healthy", []) if resumed else [])
     for images, labels in run.batches():
         steps = steps_now(run.settings, run.progress)
         work = partial(iteration, run, buffer, langevin, steps)
@@ -300,14 +299,17 @@ def train(
             elif run.iteration % args.log_every == 0:
                 row = run.write_row()
             if row and not args.no_guard and guard.judge(row, largest_gap(run.settings)):
-                healthy.append(snapshot(run, buffer, guard))
+                healthy.keep()
+            due, rolled_back = run.save_is_due(), False
+            if due:
+                run.check_weights()
         except ArithmeticError as error:
-            roll_back(run, buffer, guard, healthy, error)
-            continue
-        due = run.save_is_due()
+            healthy.roll_back(error)
+            due = rolled_back = True
         if due:
-            checkpoint = make_checkpoint(run, buffer, langevin, guard)
-            run.journal.save(checkpoint)
+            checkpoint = save(run, buffer, langevin, healthy)
+        if rolled_back:
+            continue
         half = run.iteration == run.epoch_iterations // 2
         between_grids = args.grid_every * run.epoch_iterations
         if half or run.progress >= 1 or run.iteration % between_grids == 0:
@@ -315,16 +317,13 @@ def train(
         elif due:
             run.journal.save_grid(buffer.images)
     if not (checkpoint and checkpoint["finished"]):  # the budget of minutes ended in a rollback
-        checkpoint = make_checkpoint(run, buffer, langevin, guard)
-        run.journal.save(checkpoint)
+        checkpoint = save(run, buffer, langevin, healthy)
     return checkpoint
 
 
-def make_checkpoint(
-    run: Training, buffer: ReplayBuffer, langevin: Langevin, guard: Guard
-) -> dict[str, Any]:
-    """Return all that sample.py, evaluate.py and a resumed run need: plain types and tensors."""
-    return {
+def save(run: Training, buffer: ReplayBuffer, langevin: Langevin, healthy: Healthy) -> Checkpoint:
+    """Save all that sample.py, evaluate.py and a resumed run need: plain types and tensors."""
+    checkpoint = {
         "model_config": run.model_config,
         "model": run.averaged_weights(),
         "dataset": run.dataset.name,
@@ -335,8 +334,12 @@ def make_checkpoint(
         "args": plain(run.args),
         "finished": run.progress >= 1,
         "training": run.state_dict(),
-        "guard": guard.state_dict(),
+        "guard": healthy.guard.state_dict(),
+        "healthy": healthy.iterations(),
     }
+    run.journal.save(checkpoint)
+    healthy.saved(checkpoint["finished"])
+    return checkpoint
 
 
 def save_grids(run: Training, buffer: ReplayBuffer) -> None:

@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import nn
@@ -82,8 +83,12 @@ FLAGS = (
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Read a list of arguments, or the command line's."""
-    args = Parser(__doc__, (("measurement", FLAGS),)).parse(argv)
+    parser = Parser(__doc__, (("measurement", FLAGS),))
+    args = parser.parse(argv)
     args.variant = [word.partition(":")[::2] for word in args.variant or ["preset:"]]
+    names = [name for name, _ in args.variant]
+    if len(set(names)) < len(names) or len(set(args.seeds)) < len(args.seeds):
+        parser.error("two variants have one name, or a seed is given twice: each has one folder")
     args.words = sys.argv[1:] if argv is None else list(argv)
     return args
 
@@ -95,7 +100,8 @@ def train(
 
     Returns the exit code and the copies' paths.
     """
-    folder = Path(args.out_dir) / "runs" / f"{name.replace(' ', '-')}-seed-{seed}"
+    # quoted, so that two names have two folders
+    folder = Path(args.out_dir) / "runs" / f"{quote(name, safe='')}-seed-{seed}"
     points, record = folder / "points", folder / "training.json"
     settings = {"dataset": args.dataset, "seed": seed, "minutes": args.minutes, "flags": more}
     if args.resume and record.exists():

@@ -155,7 +155,8 @@ print(f"read as the class asked for: {100 * read.float().mean():.0f} %")
 # %%
 for name in ("uniform-noise", "inverted", "rotated"):
     strange, _ = load_ood(name, digits.test.images, "", 360, generator)
-    found = metrics.detection(energy(logits), energy(predict(model, strange)), name)
+    outside = marginal_energy(predict(model, strange))
+    found = metrics.detection(marginal_energy(logits), outside, name)
     print(f"AUROC of the energy against {name}: {found['auroc']:.3f}")
 
 # %% [markdown]

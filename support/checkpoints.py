@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from sgld_nrg.sgld import Langevin
-from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.errors import UserError, first_line
 from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.parser import plain
 
@@ -142,19 +142,51 @@ def save_checkpoint(path: Path | str, kind: str, **state: Any) -> None:
     `remove_older`. kind: "classifier" or "jem". state: plain types, tensors and state dicts only,
     which torch.load accepts with weights_only. Raises UserError if it cannot be written.
     """
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    write_whole(Path(path), {"format": FORMATS[-1], "kind": kind, **state}, keep_older=True)
+
+
+def write_whole(path: Path, state: dict[str, Any], keep_older: bool = False) -> None:
+    """Write plain types and tensors to a temporary file, flush it, and rename it.
+
+    keep_older: what lay at path stays as `path`.1. Raises UserError if it cannot be written.
+    """
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMATS[-1], "kind": kind, **state}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        _make_older(path)
+        if keep_older:
+            _make_older(path)
         os.replace(temporary, path)
-    except OSError as error:
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer has its own word for a full disk
         temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"cannot write {str(path)!r} ({error.strerror}); what stood there is untouched"
+            f"cannot write {str(path)!r} ({reason}): is the disk full? "
+            "What stood there before is untouched"
         ) from error
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return what `write_whole` wrote, or None if it is not there or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # half a dozen types, for the many ways to be damaged
+        return None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder to the disk, so that a renamed file outlives a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _older(path: Path) -> list[Path]:

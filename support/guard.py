@@ -12,7 +12,12 @@ import math
 import sys
 from argparse import Namespace
 from collections import deque
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from sgld_nrg.support.checkpoints import read_state, write_whole
+from sgld_nrg.support.parallel import keep_share, whole_state
 
 ROWS = 3  # out of range in so many rows one after the other: divergence
 GAP = 8.0  # nat; healthy gaps are within 2, those of runs that were lost went to 18 and beyond
@@ -103,37 +108,84 @@ def remedied(args: Namespace, rollbacks: int) -> Namespace:
     return Namespace(**changed)
 
 
-def snapshot(run: Any, buffer: Any, guard: Guard) -> dict[str, Any]:
-    """Return a copy of all that a training can be taken back to, and what its guard knew then."""
-    parts = {"training": run, "buffer": buffer, "guard": guard}
-    return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+class Healthy:
+    """The last healthy states of a training, to go back to; a resumed training has them too.
 
-
-def roll_back(
-    run: Any, buffer: Any, guard: Guard, healthy: deque[dict[str, Any]], error: Exception
-) -> None:
-    """Take a run back to the last of its healthy states, and change what `remedied` says.
-
-    healthy: snapshots; the last is used up unless it is the only one, so that the next rollback
-    goes further back. error: what was found. Raises FloatingPointError after --max-rollbacks.
+    run: training.Training. buffer: train_jem.ReplayBuffer. Each state is also a file of its own,
+    healthy-*.pt in the run's folder, for as long as a checkpoint may name it.
     """
-    found, rollbacks = f"iteration {run.iteration}: {error}", run.rollbacks + 1
-    if rollbacks > run.args.max_rollbacks:
-        raise FloatingPointError(
-            f"training diverged at {found}, after {run.rollbacks} rollbacks; "
-            "lower --lr or raise --energy-reg or --steps"
-        ) from error
-    state = healthy.pop() if len(healthy) > 1 else healthy[0]
-    run.roll_back(copy.deepcopy(state["training"]), rollbacks)  # the optimiser changes it in place
-    buffer.load_state_dict(state["buffer"])
-    buffer.restart_broken(run.generator)
-    guard.load_state_dict(state["guard"])
-    now = run.settings
-    if run.ranks.first:
-        print(
-            f"training left its healthy range at {found}; back to iteration {run.iteration} with "
-            f"different noise, rollback {rollbacks} of {run.args.max_rollbacks}: "
-            f"lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}",
-            file=sys.stderr,
-            flush=True,
-        )
+
+    def __init__(self, run: Any, buffer: Any, guard: Guard):
+        self.parts = {"training": run, "buffer": buffer, "guard": guard}
+        self.run, self.buffer, self.guard = run, buffer, guard
+        self.states: deque[dict[str, Any]] = deque(maxlen=3)
+        self.named: list[int] = []  # iterations of the states that the last checkpoint names
+
+    def keep(self) -> None:
+        """Keep the state of now."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        self.states.append(copy.deepcopy(state))
+        whole = {**state, "buffer": whole_state(self.buffer, self.run.ranks)}
+        if self.run.ranks.first and self.run.args.max_rollbacks:
+            write_whole(self._path(self.run.iteration), whole)
+
+    def resume(self, iterations: list[int]) -> None:
+        """Take up the states that a checkpoint names, as far as they are there, or keep now's."""
+        now, long_chains = self.buffer.state_dict(), self.buffer.long_chains
+        for path in map(self._path, iterations):
+            state = self.run.ranks.from_first(partial(read_state, path))
+            if state:
+                self.buffer.load_state_dict(state["buffer"])
+                self.buffer.long_chains = self.run.args.long_chains
+                keep_share(self.buffer, self.run.ranks)
+                self.states.append({**state, "buffer": self.buffer.state_dict()})
+        self.buffer.load_state_dict(now)
+        self.buffer.long_chains = long_chains
+        if not self.states:
+            self.keep()
+
+    def iterations(self) -> list[int]:
+        """Return the iterations of the states, for a checkpoint."""
+        return [state["training"]["iteration"] for state in self.states]
+
+    def saved(self, finished: bool) -> None:
+        """Remove the files that neither the checkpoint just saved nor the one before names."""
+        needed = [] if finished else [*self.named, *self.iterations()]
+        self.named = self.iterations()
+        if self.run.ranks.first:
+            kept = set(map(self._path, needed))
+            for path in self.run.folder.glob("healthy-*.pt"):
+                if path not in kept:
+                    path.unlink()
+
+    def _path(self, iteration: int) -> Path:
+        return self.run.folder / f"healthy-{iteration:08d}.pt"
+
+    def roll_back(self, error: Exception) -> None:
+        """Take the run back to the last of its healthy states, and change what `remedied` says.
+
+        The state is used up unless it is the only one, so that the next rollback goes further back.
+        error: what was found. Raises FloatingPointError after --max-rollbacks.
+        """
+        run, buffer = self.run, self.buffer
+        found, rollbacks = f"iteration {run.iteration}: {error}", run.rollbacks + 1
+        if rollbacks > run.args.max_rollbacks:
+            raise FloatingPointError(
+                f"training diverged at {found}, after {run.rollbacks} rollbacks; "
+                "lower --lr or raise --energy-reg or --steps"
+            ) from error
+        state = self.states.pop() if len(self.states) > 1 else self.states[0]
+        # the optimiser changes in place what it is given
+        run.roll_back(copy.deepcopy(state["training"]), rollbacks)
+        buffer.load_state_dict(state["buffer"])
+        buffer.restart_broken(run.generator)
+        self.guard.load_state_dict(state["guard"])
+        now = run.settings
+        if run.ranks.first:
+            print(
+                f"training left its healthy range at {found}; back to iteration {run.iteration} "
+                f"with different noise, rollback {rollbacks} of {run.args.max_rollbacks}: "
+                f"lr {now.lr:g}, steps {now.steps}, energy_reg {now.energy_reg:g}",
+                file=sys.stderr,
+                flush=True,
+            )

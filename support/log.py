@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.errors import UserError, first_line
 from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.parser import HERE, plain
 
@@ -128,8 +128,9 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv as dicts of strings, empty if a column has no value."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a last row that was cut short is none
+    rows = list(csv.DictReader(whole.splitlines()))
     return [{FORMER_COLUMNS.get(name, name): row[name] for name in row} for row in rows]
 
 
@@ -138,9 +139,12 @@ def write_config(folder: Path, phase: str, args: Namespace, **resolved: Any) -> 
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
     except ValueError as error:
         raise UserError(
-            f"{str(path)!r} is not JSON: move it away, or name another folder with --out-dir"
+            f"{str(path)!r} is no config.json of this project ({first_line(error)}): "
+            "move it away, or name another folder with --out-dir"
         ) from error
     config[phase] = {
         "arguments": plain(args),

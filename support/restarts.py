@@ -92,12 +92,10 @@ class GaussianRestart:
         a class. A part of one image keeps its mean alone; an empty one is never drawn.
         Raises ValueError if a class has fewer than two images.
         """
-        low, high = float(images.min()), float(images.max())
-        clamp = (-1.0, 1.0) if -1 <= low <= high <= 1 else (low, high)
         half = images.dtype in (torch.float16, torch.bfloat16)  # too coarse to decompose
         flat = images.flatten(1).float() if half else images.flatten(1)
         parts = torch.zeros_like(labels) if parts is None else parts
-        count = int(parts.max()) + 1
+        count = int(parts.max()) + 1 if len(parts) else 1
         means, factors, weights = [], [], []
         rank = min(rank, flat.shape[1])
         for label in range(num_classes):
@@ -115,6 +113,8 @@ class GaussianRestart:
                     if len(members) > 1
                     else flat.new_zeros(flat.shape[1], rank)
                 )
+        low, high = float(images.min()), float(images.max())
+        clamp = (-1.0, 1.0) if -1 <= low <= high <= 1 else (low, high)
         drawn = torch.tensor(weights, device=flat.device).view(num_classes, count)
         mean, factor = (torch.stack(each).to(images.dtype) for each in (means, factors))
         return cls(mean, factor, images.shape[1:], drawn, clamp)

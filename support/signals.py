@@ -1,11 +1,14 @@
-"""Ctrl-C and SIGTERM: the first waits for the end of the iteration, the second kills."""
+"""Ctrl-C and SIGTERM: the first waits for the end of the iteration, a later one kills."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+ECHO = 2.0  # seconds: torchrun passes a signal on that a scheduler has sent to all processes
 
 
 class Signals:
@@ -15,12 +18,13 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.pending = 0
+        self.pending, self.since = 0, 0.0
 
     def _note(self, number: int, frame: object) -> None:
-        if self.pending:
+        if self.pending and time.monotonic() - self.since > ECHO:
             raise KeyboardInterrupt
-        self.pending = number
+        if not self.pending:
+            self.pending, self.since = number, time.monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

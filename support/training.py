@@ -269,6 +269,13 @@ class Training:
         by_time = self.since_save > 60 * self.args.save_minutes
         return bool(self.epoch_ends() or by_count or by_time or self.stopping)
 
+    def check_weights(self) -> None:
+        """Raise FloatingPointError for weights that are not finite, which are never to be saved."""
+        for module in (self.model, self.averaged):
+            for name, value in module.state_dict().items():
+                if not torch.isfinite(value).all():
+                    raise FloatingPointError(f"weight {name} is not finite after this iteration")
+
     @property
     def epoch(self) -> float:
         """The passes over the training images so far."""
