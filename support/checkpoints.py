@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +183,9 @@ def _flush_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows opens no folders
         return
-    try:
+    with suppress(OSError):  # some file systems flush no folders
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def _older(path: Path) -> list[Path]:

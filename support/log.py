@@ -75,12 +75,17 @@ class MetricsLog:
         self.path = path
         if not self.ranks.first:
             return
-        rows = read_metrics(self.path) if self.path.exists() else []
-        if rows and list(rows[0]) != list(COLUMNS):
-            raise UserError(
-                f"{str(self.path)!r} is no metrics file of this project: "
-                "name another folder with --out-dir"
-            )
+        rows = []
+        if self.path.exists() and self.path.stat().st_size:
+            try:
+                columns, rows = _columns_and_rows(self.path)
+            except UnicodeDecodeError:
+                columns = []
+            if columns != list(COLUMNS):
+                raise UserError(
+                    f"{str(self.path)!r} is no metrics file of this project: "
+                    "name another folder with --out-dir"
+                )
         last = -1 if resumed_at is None else resumed_at
         with replacing(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -128,10 +133,16 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv as dicts of strings, empty if a column has no value."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]  # a last row that was cut short is none
-    rows = list(csv.DictReader(whole.splitlines()))
-    return [{FORMER_COLUMNS.get(name, name): row[name] for name in row} for row in rows]
+    return _columns_and_rows(path)[1]
+
+
+def _columns_and_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the names of the columns, today's for former ones, and the rows that are whole."""
+    lines = path.read_text().splitlines(keepends=True)
+    names = next(csv.reader(lines[:1]), [])
+    columns = [FORMER_COLUMNS.get(name, name) for name in names]
+    whole = [line for line in lines[1:] if line.endswith("\n")]  # the last may be cut short
+    return columns, list(csv.DictReader(whole, columns))
 
 
 def write_config(folder: Path, phase: str, args: Namespace, **resolved: Any) -> None:

@@ -1,58 +1,70 @@
-"""Fixtures: the digits, one tiny trained run that many tests look at, and where larger data may lie."""
+"""Fixtures and helpers: the digits, one tiny trained run that many tests look at, larger data."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+from sgld_nrg.support import checkpoints, data, plots
+from sgld_nrg.support.commands import parse
+from sgld_nrg.support.parallel import Alone
+from sgld_nrg.support.training import Setup, Training
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 if SHARED.is_dir():
     os.environ.setdefault("SGLD_NRG_DATA", str(SHARED))
 
-TINY = ["--dataset", "digits", "--width", "8", "--epochs", "4", "--buffer-size", "200", "--warmup-steps", "20"]
+TINY = ["--dataset", "digits", "--width", "8", "--epochs", "4", "--buffer-size", "200"]
+TINY += ["--warmup-iterations", "20"]
+
+
+def run(script, *flags):
+    """Run a script of the top floor in this process: run("train_jem", "--epochs", 1)."""
+    import_module(f"sgld_nrg.{script}").main(parse(script, list(map(str, flags))))
+
+
+def generator(seed=0):
+    """Return a generator on the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
+def training(dataset, folder, *flags, **rest):
+    """Return a JEM's training on the CPU, in float32, that has not begun."""
+    args = parse("train_jem", [*TINY, "--precision", "float32", *map(str, flags)])
+    return Training(args, Setup(dataset, folder, torch.device("cpu"), Alone()), "jem", **rest)
+
+
+class Bomb:
+    """Unpickling one makes a file in the current folder."""
+
+    def __reduce__(self):
+        return open, ("exploded", "w")
 
 
 @pytest.fixture(scope="session")
 def digits():
     """The digits data set."""
-    import data
-
     return data.load("digits", "unused")
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The folder of a JEM that trained for some seconds on the digits, classifier first. Not to be written to."""
-    import train_jem
-
+    """The folder of a JEM that trained for some seconds on the digits. Not to be written to."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    train_jem.main([*TINY, "--pretrain-epochs", "20", "--out-dir", str(folder)])
+    run("train_jem", *TINY, "--pretrain-epochs", 20, "--out-dir", folder)
     return folder
 
 
 @pytest.fixture
 def checkpoint(tiny_run):
     """The checkpoint of the tiny run."""
-    import runs
-
-    return runs.load_checkpoint(tiny_run / "jem.pt", "jem")
+    return checkpoints.load_checkpoint(tiny_run / "jem.pt", "jem")
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
-    """A function that makes the next training stop, as Ctrl-C would, right after its second checkpoint."""
-    import runs
-
-    def arm():
-        write, calls = runs.save_checkpoint, []
-
-        def stop_after_two(*args, **state):
-            write(*args, **state)
-            calls.append(1)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(runs, "save_checkpoint", stop_after_two)
-
-    return arm
+def no_curves(monkeypatch):
+    """Let trainings draw no curves, which takes longer than the training in most tests."""
+    monkeypatch.setattr(plots, "save_curves", lambda rows, path: None)

@@ -1,107 +1,131 @@
 """What users get wrong, script by script: one sentence, exit code 2, nothing lost."""
 
-import hashlib
 import importlib
 import os
 import pickle
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, Bomb, run
 from PIL import Image
 
-import runs
+from sgld_nrg.support import checkpoints
 
+# What stands before the flags of a case, unless it names another.
+USUAL = {
+    "train_jem": "--out-dir {empty}",
+    "train_classifier": "--out-dir {empty}",
+    "sample": "--checkpoint {run}/jem.pt",
+    "evaluate": "--checkpoint {run}/jem.pt",
+}
+SCRIPTS = tuple(USUAL)
 CASES = [
-    ("train_jem", ["--dataset", "mnist", "--data-dir", "{empty}"], "download failed"),
-    ("train_jem", ["--out-dir", "{run}"], "--resume"),
-    ("train_jem", ["--out-dir", "{empty}", "--resume"], "nothing to resume"),
-    ("train_jem", ["--out-dir", "{run}", "--resume", "--lr", "0.5"], "contradicts"),
-    ("train_jem", ["--out-dir", "{empty}", "--classifier", "{run}/no.pt"], "no checkpoint"),
-    ("train_jem", ["--out-dir", "{empty}", "--classifier", "{run}/jem.pt"], "holds a jem"),
-    ("train_jem", ["--out-dir", "{empty}", "--classifier", "{run}/metrics.csv"], "damaged or no checkpoint"),
-    ("train_jem", ["--out-dir", "{empty}", "--classifier", "{run}/classifier.pt", "--width", "9"], "--width"),
-    ("train_jem", ["--out-dir", "{empty}", "--device", "cuda:63"], "--device cpu"),
-    ("train_jem", ["--out-dir", "{empty}", "--device", "abacus"], "--device cpu"),
-    ("train_jem", ["--out-dir", "{empty}", "--depth", "4"], "lower depth"),
-    ("train_jem", ["--out-dir", "{empty}", "--arch", "wide-resnet", "--depth", "11"], "6n + 4"),
-    ("train_jem", ["--out-dir", "{empty}", "--batch-size", "1500"], "lower it"),
-    ("train_jem", ["--out-dir", "{run}/metrics.csv"], "--out-dir"),
-    ("train_classifier", ["--out-dir", "{run}"], "--overwrite"),
-    ("train_classifier", ["--out-dir", "{empty}", "--resume"], "nothing to resume"),
-    ("train_classifier", ["--dataset", "mnist", "--data-dir", "{empty}", "--out-dir", "{empty}"], "download failed"),
-    ("sample", ["--checkpoint", "{empty}/jem.pt"], "train_jem.py"),
-    ("sample", ["--checkpoint", "{run}/classifier.pt"], "holds a classifier"),
-    ("sample", ["--checkpoint", "{run}/config.json"], "no checkpoint"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--class-label", "10"], "classes 0 to 9"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--class-label", "3", "3"], "twice"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--class-label", "3", "4", "--num", "1"], "--num"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--source", "buffer", "--num", "201"], "has 200"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--source", "buffer", "--class-label", "1"], "--source fresh"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--save-array", "images.npy"], ".npz"),
-    (
-        "sample",
-        ["--checkpoint", "{run}/jem.pt", "--save-array", "{empty}/no/folder.npz", "--out-dir", "{empty}"],
-        "--save-array",
-    ),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--out-dir", "{run}/jem.pt/below"], "--out-dir"),
-    ("evaluate", ["--checkpoint", "{empty}/jem.pt"], "train_jem.py"),
-    ("evaluate", ["--checkpoint", "{run}/classifier.pt"], "holds a classifier"),
-    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--classifier", "{run}/jem.pt"], "holds a jem"),
-    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--attacks", "none", "l2"], "--attacks"),
-    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--out-dir", "{empty}", "--ood", "no-such-set"], "--ood"),
     # numbers that are zero, negative, huge or none
-    ("train_jem", ["--out-dir", "{empty}", "--lr", "-1"], "--lr"),
-    ("train_jem", ["--out-dir", "{empty}", "--batch-size", "0"], "--batch-size"),
-    ("train_jem", ["--out-dir", "{empty}", "--steps", "2.5"], "--steps"),
-    ("train_jem", ["--out-dir", "{empty}", "--noise-std", "nan"], "--noise-std"),
-    ("train_jem", ["--out-dir", "{empty}", "--step-size", "1e400"], "--step-size"),
-    ("train_jem", ["--out-dir", "{empty}", "--reinit-prob", "1.5"], "--reinit-prob"),
-    ("train_jem", ["--out-dir", "{empty}", "--seed", "4294967296"], "--seed"),
-    ("train_jem", ["--out-dir", "{empty}", "--from-scratch", "--buffer-size", "1000000000000"], "not enough memory"),
-    ("train_classifier", ["--out-dir", "{empty}", "--width", "10000000"], "not enough memory"),
-    ("train_classifier", ["--out-dir", "{empty}", "--augment", "-0.1"], "--augment"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--num", "0"], "--num"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--class-label", "-1"], "--class-label"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--chunk-size", "many"], "--chunk-size"),
-    ("evaluate", ["--checkpoint", "{run}/jem.pt", "--device", "cuda:0"], "--device cpu"),
-    # flags that contradict each other or do not exist
-    ("train_jem", ["--out-dir", "{empty}", "--p-x-weight", "0"], "train_classifier.py"),
-    ("train_jem", ["--out-dir", "{empty}", "--p-x-weight", "1", "--p-xy-weight", "1"], "--p-xy-weight"),
-    ("train_jem", ["--out-dir", "{empty}", "--from-scratch", "--classifier", "a.pt"], "not allowed with"),
-    ("train_jem", ["--out-dir", "{empty}", "--image-size", "16"], "--image-size"),
-    ("train_jem", ["--out-dir", "{empty}", "--step-sizes", "1"], "did you mean --step-size?"),
-    ("time_to_quality", ["--kmnist", "{empty}/none.npz", "--out-dir", "{empty}"], "--kmnist"),
-    ("time_to_quality", ["--dataset", "mnust"], "--dataset"),
-    ("costs", ["--checkpoint", "{empty}/none.pt", "--out-dir", "{empty}"], "--checkpoint"),
-    ("sgld_speed", ["--batches", "-64"], "--batches"),
-    ("sgld_speed", ["--cuda-graph", "--device", "cpu", "--out-dir", "{empty}/speed"], "--device"),
-    ("two_moons", ["--out", "{empty}/none/moons.png"], "--out"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--inpaint", "left"], "--from-images"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/nowhere.png"], "there is no"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/broken picture/a.png"], "cannot be read"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--from-images", "{bad}/nan.npz"], "finite"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--mixture", "1", "10"], "classes 0 to 9"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--interpolate", "2", "2"], "twice"),
-    ("sample", ["--checkpoint", "{run}/jem.pt", "--by-energy"], "--source buffer"),
-    # checkpoints that are not what they seem
-    ("train_jem", ["--out-dir", "{empty}", "--classifier", "{bad}/pickle.pt"], "damaged or no checkpoint"),
-    ("sample", ["--checkpoint", "{bad}/pickle.pt"], "damaged or no checkpoint"),
-    ("sample", ["--checkpoint", "{bad}/truncated.pt"], "damaged or no checkpoint"),
-    ("sample", ["--checkpoint", "{bad}/empty file.pt"], "damaged or no checkpoint"),
-    ("sample", ["--checkpoint", "{bad}/incomplete.pt"], "lacks"),
-    ("evaluate", ["--checkpoint", "{bad}/foreign.pt"], "no checkpoint of this project"),
-    ("evaluate", ["--checkpoint", "{bad}/other weights.pt", "--out-dir", "{empty}"], "do not fit"),
-    ("train_classifier", ["--out-dir", "{bad}/broken run", "--resume"], "damaged or no checkpoint"),
+    ("train_jem", "--lr 0", "--lr: 0 is not a number above 0"),
+    ("train_jem", "--lr nan", "--lr: nan is not a number above 0"),
+    ("train_jem", "--lr -1", "--lr: -1 is not a number above 0"),
+    ("train_jem", "--lr much", "--lr: 'much' is not a number above 0"),
+    ("train_jem", "--epochs 0", "--epochs: 0 is not a whole number from 1 up"),
+    ("train_jem", "--epochs 1.5", "--epochs: '1.5' is not a whole number from 1 up"),
+    ("train_jem", "--batch-size 0", "--batch-size"),
+    ("train_jem", "--batch-size -3", "--batch-size"),
+    ("train_jem", "--batch-size 1500", "lower it"),
+    ("train_jem", "--max-minutes 0", "--max-minutes"),
+    ("train_jem", "--steps 2.5", "--steps"),
+    ("train_jem", "--noise-std nan", "--noise-std"),
+    ("train_jem", "--noise-std inf", "--noise-std"),
+    ("train_jem", "--step-size 1e400", "--step-size"),
+    ("train_jem", "--reinit-prob 1.5", "--reinit-prob"),
+    ("train_jem", "--ema-decay 1", "--ema-decay"),
+    ("train_jem", "--seed -1", "--seed"),
+    ("train_jem", "--seed 4294967296", "--seed"),
+    ("train_jem", "--depth 4", "lower depth"),
+    ("train_jem", "--arch wide-resnet --depth 11", "6n + 4"),
+    ("train_jem", "--from-scratch --buffer-size 1000000000000", "not enough memory"),
+    ("train_classifier", "--width 10000000", "not enough memory"),
+    ("train_classifier", "--augment -0.1", "--augment"),
+    ("sample", "--num 0", "--num"),
+    ("sample", "--class-label -1", "--class-label"),
+    ("sample", "--chunk-size many", "--chunk-size"),
+    ("sgld_speed", "--batches -64", "--batches"),
+    # words that are none of the choices, flags that do not exist or are cut short
+    ("train_jem", "--dataset imagenet", "--dataset: invalid choice"),
+    ("train_jem", "--restart laplace", "--restart: invalid choice"),
+    ("train_jem", "--device cuda:63", "--device cpu"),
+    ("train_jem", "--device abacus", "--device cpu"),
+    ("evaluate", "--device cuda:0", "--device cpu"),
+    ("time_to_quality", "--dataset mnust", "--dataset"),
+    ("train_jem", "stray", "unrecognized arguments: stray"),
+    ("train_jem", "--step-sise 1", "did you mean --step-size?"),
+    ("train_jem", "--step-sizes 1", "did you mean --step-size?"),
+    ("train_jem", "--sede=3", "did you mean --seed?"),
+    ("train_jem", "--zzzzzz", "unrecognized arguments: --zzzzzz (see"),  # and no suggestion
+    *[(script, "--see 3", "unrecognized arguments: --see") for script in SCRIPTS],
+    # flags that contradict each other
+    ("train_jem", "--p-x-weight 0", "train_classifier.py"),
+    ("train_jem", "--p-x-weight 1 --p-xy-weight 1", "--p-xy-weight"),
+    ("train_jem", "--from-scratch --classifier a.pt", "not allowed with"),
+    ("train_jem", "--from-scratch --pretrain-epochs 3", "--pretrain-epochs has no effect"),
+    ("train_jem", "--resume --overwrite", "not allowed with"),
+    ("train_jem", "--dry-run --resume", "nothing for --resume to continue"),
+    ("train_jem", "--chain-batch-size 100 --buffer-size 50", "--buffer-size"),
+    ("train_jem", "--image-size 16", "--image-size"),
+    ("evaluate", "--attacks none l2", "--attacks"),
+    ("time_to_quality", "--variant a: --variant 'a:--lr 1'", "one name"),
+    ("time_to_quality", "--seeds 1 1", "a seed is given twice"),
+    ("sgld_speed", "--cuda-graph --device cpu --out-dir {empty}/speed", "--device"),
+    # chains that cannot be drawn
+    ("sample", "--class-label 10", "classes 0 to 9"),
+    ("sample", "--class-label 3 3", "twice"),
+    ("sample", "--class-label 3 4 --num 1", "--num"),
+    ("sample", "--mixture 1 10", "classes 0 to 9"),
+    ("sample", "--interpolate 2 2", "twice"),
+    ("sample", "--source buffer --num 201", "has 200"),
+    ("sample", "--source buffer --class-label 1", "--source fresh"),
+    ("sample", "--by-energy", "--source buffer"),
+    ("sample", "--inpaint left", "--from-images"),
+    ("sample", "--from-images {bad}/nowhere.png", "there is no"),
+    ("sample", "--from-images '{bad}/broken picture/a.png'", "cannot be read"),
+    ("sample", "--from-images {bad}/nan.npz", "finite"),
+    # places that cannot be written to, or would be replaced
+    ("train_jem", "--out-dir {run}", "--resume"),
+    ("train_jem", "--out-dir {run} --resume --lr 0.5", "contradicts"),
+    ("train_jem", "--out-dir {run}/metrics.csv", "--out-dir"),
+    ("train_jem", "--resume", "nothing to resume"),
+    ("train_jem", "--out-dir {locked}", "another training"),
+    ("train_classifier", "--out-dir {run}", "--overwrite"),
+    ("train_classifier", "--resume", "nothing to resume"),
+    ("train_classifier", "--out-dir {locked}", "another training"),
+    ("sample", "--out-dir {run}/jem.pt/below", "--out-dir"),
+    ("sample", "--save-array images.npy", ".npz"),
+    ("sample", "--save-array {empty}/no/folder.npz --out-dir {empty}", "--save-array"),
+    ("two_moons", "--out {empty}/none/moons.png", "--out"),
+    # checkpoints that are missing, or not what they seem
+    ("train_jem", "--classifier {run}/no.pt", "no checkpoint"),
+    ("train_jem", "--classifier {run}/jem.pt", "holds a jem"),
+    ("train_jem", "--classifier {run}/metrics.csv", "damaged or no checkpoint"),
+    ("train_jem", "--classifier {run}/classifier.pt --width 9", "--width"),
+    ("train_jem", "--classifier {bad}/pickle.pt", "damaged or no checkpoint"),
+    ("train_classifier", "--out-dir '{bad}/broken run' --resume", "damaged or no checkpoint"),
+    ("sample", "--checkpoint {empty}/jem.pt", "train_jem.py"),
+    ("sample", "--checkpoint {run}/classifier.pt", "holds a classifier"),
+    ("sample", "--checkpoint {run}/config.json", "no checkpoint"),
+    ("sample", "--checkpoint {bad}/pickle.pt", "damaged or no checkpoint"),
+    ("sample", "--checkpoint {bad}/truncated.pt", "damaged or no checkpoint"),
+    ("sample", "--checkpoint '{bad}/empty file.pt'", "damaged or no checkpoint"),
+    ("sample", "--checkpoint {bad}/incomplete.pt", "lacks"),
+    ("evaluate", "--checkpoint {empty}/jem.pt", "train_jem.py"),
+    ("evaluate", "--checkpoint {run}/classifier.pt", "holds a classifier"),
+    ("evaluate", "--checkpoint {bad}/foreign.pt", "no checkpoint of this project"),
+    ("evaluate", "--checkpoint '{bad}/other weights.pt' --out-dir {empty}", "do not fit"),
+    ("evaluate", "--classifier {run}/jem.pt", "holds a jem"),
     # images that are none
+    ("evaluate", "--out-dir {empty} --ood no-such-set", "--ood"),
     *[
-        (
-            "evaluate",
-            ["--checkpoint", "{run}/jem.pt", "--out-dir", "{empty}", "--attacks", "none", "--ood", f"{{bad}}/{name}"],
-            says,
-        )
+        ("evaluate", f"--out-dir {{empty}} --attacks none --ood '{{bad}}/{name}'", says)
         for name, says in (
             ("nan.npz", "finite"),
             ("no images.npz", "finite"),
@@ -116,7 +140,7 @@ CASES = [
     ],
     # data to train on
     *[
-        (script, ["--dataset", "folder", "--data-dir", f"{{bad}}/{name}", "--out-dir", "{empty}"], says)
+        (script, f"--dataset folder --data-dir '{{bad}}/{name}'", says)
         for script in ("train_classifier", "train_jem")
         for name, says in (
             ("nowhere", "--data-dir"),
@@ -134,33 +158,34 @@ CASES = [
             ("oblong.npz", "not square (9x8)"),
         )
     ],
+    ("train_jem", "--dataset mnist --data-dir {empty}", "download failed"),
+    ("train_classifier", "--dataset mnist --data-dir {empty}", "download failed"),
     *[
-        ("train_jem", ["--dataset", "mnist", "--data-dir", f"{{bad}}/mnist {name}", "--out-dir", "{empty}"], "damaged")
+        ("train_jem", f"--dataset mnist --data-dir '{{bad}}/mnist {name}'", "damaged")
         for name in ("labels out of range", "one class", "cut short", "unequal numbers")
     ],
-    # two at once
-    ("train_jem", ["--out-dir", "{locked}"], "another training"),
-    ("train_classifier", ["--out-dir", "{locked}"], "another training"),
+    ("time_to_quality", "--kmnist {empty}/none.npz --out-dir {empty}", "--kmnist"),
 ]
 
-
-class Bomb:
-    """Unpickling one makes a file in the current folder."""
-
-    def __reduce__(self):
-        return open, ("exploded", "w")
+EVERY_CLASS = bytes(range(10)) * 6000
 
 
-def write_mnist(folder, labels, count=60_000, pixels=b""):
-    """Write MNIST's four files with the given training labels, blank images and a test part in order."""
+def write_idx(path, magic, shape, content=b""):
+    """Write a file of MNIST's format; without content it is a hole, which reads as zeros."""
+    header = np.array([magic, *shape], ">i4").tobytes()
+    path.write_bytes(header + content)
+    if not content:
+        os.truncate(path, len(header) + int(np.prod(shape)))
+
+
+def write_mnist(folder, labels, pixels=b""):
+    """Write MNIST's four files: blank images, these labels to train on, a test part in order."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    blank = pixels or bytes(784) * count
-    for part, images, classes in (("train", blank, labels), ("t10k", bytes(784) * 10_000, bytes(range(10)) * 1000)):
-        size = count if part == "train" else 10_000
-        header = np.array([2051, size, 28, 28], ">i4").tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([2049, len(classes)], ">i4").tobytes() + classes)
+    for part, count, classes in (("train", 60_000, labels), ("t10k", 10_000, EVERY_CLASS[:10_000])):
+        shape, blank = (count, 28, 28), pixels if part == "train" else b""
+        write_idx(raw / f"{part}-images-idx3-ubyte", 2051, shape, blank)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", 2049, [len(classes)], classes)
 
 
 def write_pictures(folder, count, side=8):
@@ -173,17 +198,19 @@ def write_pictures(folder, count, side=8):
 
 @pytest.fixture(scope="module")
 def bad(tiny_run, tmp_path_factory):
-    """A folder, with a blank and letters beyond ASCII in its name, of files that lie about what they are."""
+    """A folder of files that lie about what they are; its name has a blank and is beyond ASCII."""
     bad = tmp_path_factory.mktemp("hostile") / "böse Dateien 数"
     bad.mkdir()
     whole = (tiny_run / "jem.pt").read_bytes()
     state = torch.load(tiny_run / "jem.pt", weights_only=True)
+    ours = {"format": checkpoints.FORMATS[-1], "kind": "jem"}
     (bad / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (bad / "empty file.pt").write_bytes(b"")
-    (bad / "pickle.pt").write_bytes(pickle.dumps({"format": runs.FORMAT, "kind": "jem", "model": Bomb()}))
+    (bad / "pickle.pt").write_bytes(pickle.dumps({**ours, "model": Bomb()}))
     torch.save({"state_dict": {}}, bad / "foreign.pt")
-    torch.save({"format": runs.FORMAT, "kind": "jem", "model": {}}, bad / "incomplete.pt")
-    torch.save({**state, "model_config": {**state["model_config"], "width": 9}}, bad / "other weights.pt")
+    torch.save({**ours, "model": {}}, bad / "incomplete.pt")
+    wider = {**state["model_config"], "width": 9}
+    torch.save({**state, "model_config": wider}, bad / "other weights.pt")
     (bad / "broken run").mkdir()
     (bad / "broken run" / "classifier.pt").write_bytes(whole[:1000])
     np.savez(bad / "nan.npz", images=np.full((3, 8, 8), np.nan))
@@ -213,11 +240,10 @@ def bad(tiny_run, tmp_path_factory):
         write_pictures(bad / "one picture each" / label, 1)
     (bad / "broken class" / "b" / "7.png").write_bytes(b"no image")
     write_pictures(bad / "strange test" / "test" / "c", 3)
-    everything = bytes(range(10)) * 6000
-    write_mnist(bad / "mnist labels out of range", bytes([12]) + everything[1:])
+    write_mnist(bad / "mnist labels out of range", bytes([12]) + EVERY_CLASS[1:])
     write_mnist(bad / "mnist one class", bytes(60_000))
-    write_mnist(bad / "mnist cut short", everything, pixels=bytes(784 * 500))
-    write_mnist(bad / "mnist unequal numbers", everything[:100])
+    write_mnist(bad / "mnist cut short", EVERY_CLASS, pixels=bytes(784 * 500))
+    write_mnist(bad / "mnist unequal numbers", EVERY_CLASS[:100])
     return bad
 
 
@@ -234,10 +260,22 @@ def locked(tmp_path):
 
 
 def fingerprint(folder):
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    """Return what changes for each file of a folder whenever anything writes or replaces it."""
+    found = {path: path.stat() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found.items()}
 
 
-@pytest.mark.parametrize("script, flags, says", CASES, ids=[f"{script} {' '.join(flags)}" for script, flags, _ in CASES])
+def call(script, flags):
+    """Run a script, of the top floor or not, in this process."""
+    if script in SCRIPTS:
+        return run(script, *flags)
+    module = importlib.import_module(script)
+    return module.main(module.parse(flags))
+
+
+@pytest.mark.parametrize(
+    "script, flags, says", CASES, ids=[f"{script} {flags}" for script, flags, _ in CASES]
+)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # what it warns of is the test
 def test_a_mistake_gets_one_sentence_and_loses_nothing(
     script, flags, says, tiny_run, bad, locked, tmp_path, monkeypatch, capsys
@@ -251,25 +289,30 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(
     for folder in ("benchmarks", "examples"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     before = fingerprint(tiny_run), fingerprint(bad)
-    empty = tmp_path / "ein leerer Ordner"
-    empty.mkdir()
-    flags = [flag.format(run=tiny_run, empty=empty, bad=bad, locked=locked) for flag in flags]
-    own = TINY if script == "train_jem" and not {"mnist", "folder", "--resume"} & set(flags) else []
+    places = {"run": tiny_run, "empty": tmp_path / "an empty folder", "bad": bad, "locked": locked}
+    places["empty"].mkdir()
+    words = [word.format(**places) for word in shlex.split(flags)]
+    usual = [word.format(**places) for word in USUAL.get(script, "").split()]
+    if script == "train_jem" and not {"mnist", "folder", "--resume"} & set(words):
+        usual += TINY
     with pytest.raises(SystemExit) as caught:
-        importlib.import_module(script).main([*own, *flags])
+        call(script, [*usual, *words])
     message = capsys.readouterr().err
     assert caught.value.code == 2
     assert message.startswith("error: ") and message.count("\n") == 1 and says in message
-    assert (fingerprint(tiny_run), fingerprint(bad)) == before and not (tmp_path / "exploded").exists()
-    assert not [path for path in empty.rglob("*") if path.suffix in (".pt", ".npz", ".tmp")]
+    assert (fingerprint(tiny_run), fingerprint(bad)) == before
+    assert not (tmp_path / "exploded").exists()
+    written = places["empty"].rglob("*")
+    assert not [path for path in written if path.suffix in (".pt", ".npz", ".tmp")]
 
 
 def test_a_folder_without_the_right_to_write_is_refused(tmp_path, capsys, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(runs.tempfile, "TemporaryFile", denied)  # the tests may run as root, whom no folder refuses
+    # the tests may run as root, whom no folder refuses
+    monkeypatch.setattr(checkpoints.tempfile, "TemporaryFile", denied)
     with pytest.raises(SystemExit) as caught:
-        importlib.import_module("train_classifier").main(["--out-dir", str(tmp_path)])
+        run("train_classifier", "--out-dir", tmp_path)
     assert caught.value.code == 2 and "Permission denied" in capsys.readouterr().err
     assert not os.listdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The scores: each of our own against an independent implementation or a closed form, and what they refuse."""
+"""The scores: each against an independent implementation or a closed form, and what they refuse."""
 
 import json
 import math
@@ -9,8 +9,9 @@ import scipy.linalg
 import scipy.optimize
 import scipy.signal
 import torch
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-import metrics
+from sgld_nrg.support import metrics
 
 SIGMAS = 5  # of the statistical error that a test allows
 
@@ -20,7 +21,7 @@ def random(seed=0):
 
 
 def example(count=400, classes=5, scale=2.0, seed=0):
-    """Return overconfident logits (count, classes) and labels drawn from the softmax of the logits / scale."""
+    """Return overconfident logits (count, classes), and labels from softmax(logits / scale)."""
     rng = random(seed)
     logits = rng.normal(size=(count, classes)) * 2
     noise = rng.gumbel(size=(count, classes))
@@ -48,7 +49,8 @@ def test_classification_scores_equal_a_loop_over_the_images():
         confusion[label][p.index(max(p))] += 1
     scores = metrics.classification(logits, labels)
     assert scores["confusion"] == confusion
-    assert [scores[key] for key in ("accuracy", "nll", "brier")] == pytest.approx([right, nll, brier], rel=1e-12)
+    found = [scores[key] for key in ("accuracy", "nll", "brier")]
+    assert found == pytest.approx([right, nll, brier], rel=1e-12)
 
 
 def test_the_brier_score_is_two_for_certain_errors_and_zero_for_certain_hits():
@@ -64,7 +66,8 @@ def test_calibration_errors_equal_those_of_the_reliability_bins(bins):
     logits, labels = example(700)
     scores = metrics.calibration(logits, labels, bins)
     rows = scores["reliability"]
-    gaps = [(row["count"], abs(row["accuracy"] - row["confidence"])) for row in rows if row["count"]]
+    filled = [row for row in rows if row["count"]]
+    gaps = [(row["count"], abs(row["accuracy"] - row["confidence"])) for row in filled]
     assert scores["bins"] == len(rows) == bins and sum(row["count"] for row in rows) == 700
     assert scores["ece"] == pytest.approx(sum(count * gap for count, gap in gaps) / 700, abs=1e-5)
     assert scores["mce"] == pytest.approx(max(gap for _, gap in gaps), abs=1e-5)
@@ -76,10 +79,13 @@ def test_reliability_bins_are_those_of_a_loop_over_the_images():
     rows = metrics.calibration(logits, labels, 10)["reliability"]
     for index, row in enumerate(rows):
         members = [i for i in range(300) if index == int(probabilities[i].max() * 10)]
-        assert (row["low"], row["high"], row["count"]) == (index / 10, (index + 1) / 10, len(members))
+        assert (row["low"], row["high"]) == (index / 10, (index + 1) / 10)
+        assert row["count"] == len(members)
         if members:
-            assert row["confidence"] == pytest.approx(np.mean([probabilities[i].max() for i in members]), abs=1e-6)
-            assert row["accuracy"] == pytest.approx(np.mean([probabilities[i].argmax() == labels[i] for i in members]))
+            confidence = np.mean([probabilities[i].max() for i in members])
+            accuracy = np.mean([probabilities[i].argmax() == labels[i] for i in members])
+            assert row["confidence"] == pytest.approx(confidence, abs=1e-6)
+            assert row["accuracy"] == pytest.approx(accuracy)
         else:
             assert row["confidence"] is None and row["accuracy"] is None
     assert rows[0]["count"] == 0  # five classes: the largest probability is at least 1/5
@@ -95,7 +101,8 @@ def test_a_confidence_on_an_edge_is_in_the_bin_above():
 def test_confidences_that_round_to_one_are_in_the_last_bin(scale):
     # half of them certain and wrong, half at 14.5/15 and right: one bin, whose gaps cancel in part
     certain, likely = [scale, 0.0], [math.log(14.5 / 0.5), 0.0]
-    scores = metrics.calibration(torch.tensor([certain] * 10 + [likely] * 10), [1] * 10 + [0] * 10)
+    logits, labels = torch.tensor([certain] * 10 + [likely] * 10), [1] * 10 + [0] * 10
+    scores = metrics.calibration(logits, labels)
     expected = abs((1 + 14.5 / 15) / 2 - 0.5)
     assert scores["reliability"][-1]["count"] == 20
     assert [scores["ece"], scores["mce"]] == pytest.approx([expected, expected], abs=1e-6)
@@ -104,7 +111,8 @@ def test_confidences_that_round_to_one_are_in_the_last_bin(scale):
 def test_calibration_errors_of_a_calibrated_classifier_are_within_their_statistical_error():
     count, bins = 20_000, 10
     scores = metrics.calibration(*example(count, scale=1.0), bins)
-    limit = 0.5 * math.sqrt(bins / count)  # each bin's gap has deviation <= 0.5 / sqrt(count_b); Cauchy and Schwarz
+    # each bin's gap has deviation <= 0.5 / sqrt(count_b); Cauchy and Schwarz
+    limit = 0.5 * math.sqrt(bins / count)
     assert max(scores["ece"], scores["adaptive_ece"]) < 2 * limit
     overconfident = metrics.calibration(*example(count, scale=3.0), bins)
     assert min(overconfident["ece"], overconfident["adaptive_ece"]) > 10 * limit
@@ -116,7 +124,8 @@ def test_adaptive_ece_equals_a_loop_over_sorted_groups_of_equal_size():
     triples = sorted(zip(confidence.tolist(), (predictions == labels).tolist(), strict=True))
     groups = [triples[start : start + 40] for start in range(0, 600, 40)]
     expected = sum(abs(sum(c - right for c, right in group)) for group in groups) / 600
-    assert metrics.calibration(logits, labels, 15)["adaptive_ece"] == pytest.approx(expected, abs=1e-6)
+    found = metrics.calibration(logits, labels, 15)["adaptive_ece"]
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_adaptive_ece_does_not_depend_on_the_order_of_equally_confident_images():
@@ -133,7 +142,8 @@ def test_adaptive_ece_does_not_depend_on_the_order_of_equally_confident_images()
 def test_more_bins_than_images_leave_bins_empty():
     scores = metrics.calibration(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), [0, 0], 15)
     p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))
-    assert [scores["ece"], scores["adaptive_ece"]] == pytest.approx([(1 - p + q) / 2] * 2, abs=1e-6)
+    expected = (1 - p + q) / 2
+    assert [scores["ece"], scores["adaptive_ece"]] == pytest.approx([expected] * 2, abs=1e-6)
     assert scores["mce"] == pytest.approx(q, abs=1e-6)
 
 
@@ -145,7 +155,8 @@ def test_the_temperature_is_that_of_a_scalar_search(scale):
         z = logits.numpy() / math.exp(log_temperature)
         return -np.mean(z[np.arange(500), labels] - scipy.special.logsumexp(z, axis=1))
 
-    found = scipy.optimize.minimize_scalar(nll, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9})
+    settings = {"bounds": (-5, 5), "method": "bounded", "options": {"xatol": 1e-9}}
+    found = scipy.optimize.minimize_scalar(nll, **settings)
     assert metrics.fit_temperature(logits, labels) == pytest.approx(math.exp(found.x), rel=1e-5)
 
 
@@ -153,8 +164,10 @@ def test_the_temperature_that_spoilt_the_logits_is_found_again():
     logits, labels = example(5000, scale=2.5)
     p = (logits / 2.5).softmax(1)
     z = logits / 2.5
-    information = 5000 * ((p * z**2).sum(1) - (p * z).sum(1) ** 2).mean().item()  # Fisher's, about log T
-    assert metrics.fit_temperature(logits, labels) == pytest.approx(2.5, rel=SIGMAS / math.sqrt(information))
+    # Fisher's, about log T
+    information = 5000 * ((p * z**2).sum(1) - (p * z).sum(1) ** 2).mean().item()
+    error = SIGMAS / math.sqrt(information)
+    assert metrics.fit_temperature(logits, labels) == pytest.approx(2.5, rel=error)
 
 
 @pytest.mark.parametrize("gap", [1e-9, 0.5, 5.0, 50.0])
@@ -167,7 +180,8 @@ def test_a_temperature_without_a_minimum_is_the_end_of_its_range(gap):
 @pytest.mark.parametrize("decimals", [0, 1, 12])
 def test_detection_scores_equal_their_definitions_with_and_without_ties(decimals):
     rng = random(decimals)
-    inside, outside = rng.normal(size=90).round(decimals), (rng.normal(size=70) + 1).round(decimals)
+    inside = rng.normal(size=90).round(decimals)
+    outside = (rng.normal(size=70) + 1).round(decimals)
     above = (outside[:, None] > inside).mean() + (outside[:, None] == inside).mean() / 2
     precision = recall = 0
     for threshold in sorted(set(outside) | set(inside), reverse=True):
@@ -189,26 +203,40 @@ def test_fpr95_counts_from_the_image_that_completes_95_percent():
 
 
 def test_fpr95_of_a_useless_score_is_95_percent():
-    # the curve is a straight line, of which scikit-learn drops every point but the ends unless told not to
-    assert metrics.detection(np.arange(40.0), np.arange(40.0), "energy")["fpr95"] == pytest.approx(0.95)
+    scores = metrics.detection(np.arange(40.0), np.arange(40.0), "energy")
+    assert scores["fpr95"] == pytest.approx(0.95)
 
 
 def test_high_means_out_of_distribution_also_for_energies_far_from_zero():
     inside, outside = -1000 - np.arange(10.0), -900 - np.arange(10.0)
     scores = metrics.detection(inside, outside, "energy")
-    assert [scores["auroc"], scores["average_precision"], scores["fpr95"]] == pytest.approx([1, 1, 0])
+    found = [scores[name] for name in ("auroc", "average_precision", "fpr95")]
+    assert found == pytest.approx([1, 1, 0])
     swapped = metrics.detection(outside, inside, "energy")
     assert (swapped["auroc"], swapped["fpr95"]) == (0, 1)
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 12])
-def test_the_fast_scores_are_those_of_scikit_learn_with_and_without_ties(decimals):
+def test_detection_scores_are_those_of_scikit_learn_with_and_without_ties(decimals):
     rng = random(decimals)
-    inside, outside = rng.normal(size=130).round(decimals), (rng.normal(size=57) * 2 + 0.3).round(decimals)
-    expected = metrics.detection(inside, outside, "score")
-    found = metrics.fast_detection(inside, outside)
-    assert found == pytest.approx([expected[name] for name in ("auroc", "average_precision", "fpr95")], abs=1e-12)
-    assert metrics.fast_detection([3.0, 3.0], [3.0]) == pytest.approx([0.5, 1 / 3, 1])
+    inside = rng.normal(size=130).round(decimals)
+    outside = (rng.normal(size=57) * 2 + 0.3).round(decimals)
+    scores, is_ood = np.concatenate([inside, outside]), np.repeat([0, 1], [130, 57])
+    false_rate, true_rate, _ = roc_curve(is_ood, scores, drop_intermediate=False)
+    expected = {
+        "auroc": roc_auc_score(is_ood, scores),
+        "average_precision": average_precision_score(is_ood, scores),
+        "fpr95": false_rate[np.argmax(true_rate >= 0.95)],
+        "n_in": 130,
+        "n_out": 57,
+    }
+    assert metrics.detection(inside, outside) == pytest.approx(expected, abs=1e-12)
+
+
+def test_scores_that_are_all_alike_say_nothing():
+    found = metrics.detection([3.0, 3.0], [3.0])
+    expected = {"auroc": 0.5, "average_precision": 1 / 3, "fpr95": 1, "n_in": 2, "n_out": 1}
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_bootstrap_of_several_statistics_gives_each_its_interval():
@@ -221,15 +249,21 @@ def test_bootstrap_intervals_of_a_mean_have_the_width_of_the_normal_theory():
     sample = random(1).normal(size=400)
     low, high = metrics.bootstrap(np.mean, sample, resamples=4000)
     error = sample.std() / math.sqrt(400)
-    # a 2.5 % quantile of 4000 draws has deviation sqrt(0.025 * 0.975 / 4000) / density = 0.042 errors
+    # a 2.5 % quantile of 4000 draws has deviation sqrt(0.025 * 0.975 / 4000) / density, which is
+    # 0.042 errors
     assert low == pytest.approx(sample.mean() - 1.96 * error, abs=SIGMAS * 0.042 * error)
     assert high == pytest.approx(sample.mean() + 1.96 * error, abs=SIGMAS * 0.042 * error)
 
 
 def test_bootstrap_intervals_cover_the_true_mean_as_often_as_they_say():
-    samples = random(2).normal(size=(400, 50))
-    intervals = [metrics.bootstrap(np.mean, sample, seed=i) for i, sample in enumerate(samples)]
+    samples = random(2).normal(size=(20, 50, 20))  # 400 of size 50, twenty in one bootstrap
+    intervals = [
+        interval
+        for seed, columns in enumerate(samples)
+        for interval in metrics.bootstrap(lambda x: x.mean(0), columns, seed=seed)
+    ]
     covered = np.mean([low <= 0 <= high for low, high in intervals])
+    assert len(intervals) == 400
     expected = 0.94  # P(|t| < 1.96 sqrt(49/50)) at 49 degrees of freedom
     assert abs(covered - expected) < SIGMAS * math.sqrt(0.95 * 0.05 / 400)
 
@@ -254,17 +288,27 @@ def test_paired_arrays_are_resampled_together_and_others_apart():
 def test_the_bootstrap_takes_our_own_scores():
     logits, labels = example(200)
     accuracy = metrics.classification(logits, labels)["accuracy"]
-    low, high = metrics.bootstrap(lambda *arrays: metrics.classification(*arrays)["accuracy"], logits, labels, resamples=50)
+
+    def statistic(*arrays):
+        return metrics.classification(*arrays)["accuracy"]
+
+    low, high = metrics.bootstrap(statistic, logits, labels, resamples=50)
     assert low < accuracy < high
 
 
 def test_the_bootstrap_interval_of_an_auroc_has_the_width_of_delong():
     inside, outside = random(5).normal(size=300), random(6).normal(size=200) + 1
     beaten = outside[:, None] > inside
-    variance = beaten.mean(0).var(ddof=1) / 300 + beaten.mean(1).var(ddof=1) / 200  # DeLong et al. 1988
-    low, high = metrics.bootstrap(metrics.fast_detection, inside, outside, resamples=1000, paired=False)[0]
+    # DeLong et al. 1988
+    variance = beaten.mean(0).var(ddof=1) / 300 + beaten.mean(1).var(ddof=1) / 200
+
+    def auroc(*scores):
+        return metrics.detection(*scores)["auroc"]
+
+    low, high = metrics.bootstrap(auroc, inside, outside, resamples=1000, paired=False)
     # 1000 resamples leave each end 0.084 deviations of error
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), abs=SIGMAS * 0.084 * math.sqrt(2 * variance))
+    error = SIGMAS * 0.084 * math.sqrt(2 * variance)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), abs=error)
     assert low < beaten.mean() < high
 
 
@@ -277,19 +321,26 @@ def test_a_bootstrapped_statistic_that_is_not_finite_is_refused():
 def test_the_frechet_distance_of_diagonal_gaussians_is_the_closed_form(offset):
     rng, sizes = random(7), (500, 300)
     means, deviations = rng.normal(size=(2, 4)), rng.uniform(0.5, 2, size=(2, 4))
-    a, b = (with_moments(means[i] + offset, np.diag(deviations[i] ** 2), sizes[i], rng) for i in range(2))
+    a, b = (
+        with_moments(means[i] + offset, np.diag(deviations[i] ** 2), sizes[i], rng)
+        for i in range(2)
+    )
     expected = ((means[0] - means[1]) ** 2 + (deviations[0] - deviations[1]) ** 2).sum()
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
-    assert metrics.frechet_distance(torch.tensor(b), torch.tensor(a)) == pytest.approx(expected, rel=1e-7)
+    swapped = metrics.frechet_distance(torch.tensor(b), torch.tensor(a))
+    assert swapped == pytest.approx(expected, rel=1e-7)
 
 
 def test_the_frechet_distance_of_correlated_features_is_that_of_a_matrix_square_root():
     rng = random(8)
-    a, b = rng.normal(size=(90, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(70, 6)) @ rng.normal(size=(6, 6)) + 1
+    a = rng.normal(size=(90, 6)) @ rng.normal(size=(6, 6))
+    b = rng.normal(size=(70, 6)) @ rng.normal(size=(6, 6)) + 1
     s, t = np.cov(a.T), np.cov(b.T)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+    apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    expected = apart + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    assert metrics.frechet_distance(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(expected, rel=1e-5)
+    single = metrics.frechet_distance(a.astype(np.float32), b.astype(np.float32))
+    assert single == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows, width", [(50, 5), (5, 50), (2, 1)])
@@ -302,7 +353,8 @@ def brute_force_share(points, members, k):
     inside = 0
     for point in points:
         for i, member in enumerate(members):
-            others = sorted(np.linalg.norm(member - other) for j, other in enumerate(members) if j != i)
+            others = np.delete(members, i, axis=0)
+            others = sorted(np.linalg.norm(member - other) for other in others)
             if np.linalg.norm(point - member) <= others[k - 1]:
                 inside += 1
                 break
@@ -314,13 +366,15 @@ def test_precision_and_recall_equal_a_loop_over_all_pairs(k, chunk):
     rng = random(k)
     real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 0.7 + 0.5
     scores = metrics.precision_recall(real, fake, k, chunk)
-    assert scores == pytest.approx({"precision": brute_force_share(fake, real, k), "recall": brute_force_share(real, fake, k)})
+    precision, recall = brute_force_share(fake, real, k), brute_force_share(real, fake, k)
+    assert scores == pytest.approx({"precision": precision, "recall": recall})
     assert 0 < scores["recall"] < scores["precision"] <= 1  # the fakes are narrower
 
 
 def test_precision_and_recall_are_one_for_equal_sets_and_zero_for_distant_ones():
     features = random(10).normal(size=(60, 200)) + 30
-    assert metrics.precision_recall(features, features[::-1].copy()) == {"precision": 1, "recall": 1}
+    same = metrics.precision_recall(features, features[::-1].copy())
+    assert same == {"precision": 1, "recall": 1}
     assert metrics.precision_recall(features, features + 100) == {"precision": 0, "recall": 0}
 
 
@@ -341,7 +395,8 @@ def test_a_set_of_copies_covers_its_own_point_alone():
 
 def test_the_class_histogram_counts_and_its_entropy_is_relative():
     assert metrics.class_histogram([0, 1, 2, 3], 4) == {"counts": [1, 1, 1, 1], "entropy": 1}
-    assert metrics.class_histogram(torch.tensor([2, 2]), 4) == {"counts": [0, 0, 2, 0], "entropy": 0}
+    one_class = metrics.class_histogram(torch.tensor([2, 2]), 4)
+    assert one_class == {"counts": [0, 0, 2, 0], "entropy": 0}
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(3)
     assert metrics.class_histogram([0, 0, 0, 2], 3)["entropy"] == pytest.approx(expected)
 
@@ -366,7 +421,7 @@ def test_copies_are_at_distance_exactly_zero_among_near_duplicates(chunk):
     assert metrics.nearest(pool[rows], pool, chunk) == ([0.0] * 5, rows)
 
 
-def test_copies_are_found_where_the_rounding_of_a_matmul_in_float64_hides_the_difference():
+def test_copies_are_found_when_the_rounding_of_a_matmul_in_float64_hides_the_difference():
     pool = torch.tensor(random(20).uniform(0, 255, size=(60, 1, 16, 16)))
     pool[:3] = pool[0]
     pool[1, 0, 0, 0] += 1e-7
@@ -377,14 +432,17 @@ def test_copies_are_found_where_the_rounding_of_a_matmul_in_float64_hides_the_di
 def test_near_duplicates_keep_their_exact_distance():
     pool = torch.tensor(random(15).uniform(-1, 1, size=(300, 1, 28, 28)), dtype=torch.float32)
     images = pool[:20].clone()
-    images[:, 0, 3, 3] += 2**-12  # a matmul in float32 loses this: 1e-3 of the distance is under its rounding
+    # a matmul in float32 loses this: 1e-3 of the distance is under its rounding
+    images[:, 0, 3, 3] += 2**-12
     distances, indices = metrics.nearest(images, pool)
     assert indices == list(range(20))
-    assert distances == pytest.approx((images - pool[:20]).flatten(1).double().norm(dim=1).tolist(), rel=1e-9)
+    expected = (images - pool[:20]).flatten(1).double().norm(dim=1)
+    assert distances == pytest.approx(expected.tolist(), rel=1e-9)
 
 
 def test_byte_images_are_compared_in_their_own_units():
-    images, pool = torch.tensor([[[0, 255]]], dtype=torch.uint8), torch.tensor([[[255, 255]], [[3, 251]]], dtype=torch.uint8)
+    images = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    pool = torch.tensor([[[255, 255]], [[3, 251]]], dtype=torch.uint8)
     assert metrics.nearest(images, pool) == ([5.0], [1])
 
 
@@ -394,13 +452,15 @@ def test_split_rhat_equals_its_formula_written_out():
     means = [np.mean(half) for half in halves]
     within = np.mean([sum((x - np.mean(half)) ** 2 for x in half) / 1 for half in halves])
     between = 2 * sum((mean - np.mean(means)) ** 2 for mean in means) / 3
-    assert metrics.split_rhat(series) == pytest.approx(math.sqrt((within / 2 + between / 2) / within), rel=1e-12)
+    expected = math.sqrt((within / 2 + between / 2) / within)
+    assert metrics.split_rhat(series) == pytest.approx(expected, rel=1e-12)
 
 
 def test_split_rhat_is_near_one_for_independent_draws():
     chains, draws = 8, 1000
     rhat = metrics.split_rhat(random(16).normal(size=(chains, draws)))
-    # rhat^2 - 1 = (B / W - 1) / n, where B / W is about chi2 / df at df = 2 * chains - 1 over halves of n draws
+    # rhat^2 - 1 = (B / W - 1) / n, with halves of n draws and B / W about chi2 / df at
+    # df = 2 * chains - 1
     assert abs(rhat**2 - 1) < SIGMAS * math.sqrt(2 / (2 * chains - 1)) / (draws / 2)
 
 
@@ -415,12 +475,15 @@ def test_split_rhat_sees_chains_that_differ_and_chains_that_drift():
 def test_the_autocorrelation_of_an_autoregressive_chain_is_a_power(phi):
     chains, draws, lags = 40, 2000, 10
     noise = random(18).normal(size=(chains, draws + 200))
-    series = scipy.signal.lfilter([1], [1, -phi], noise, axis=1)[:, 200:] + np.arange(chains)[:, None]
+    series = scipy.signal.lfilter([1], [1, -phi], noise, axis=1)[:, 200:]
+    series = series + np.arange(chains)[:, None]
     expected = phi ** np.arange(lags + 1)
-    # Bartlett 1946: deviation below sqrt((1 + phi^2) / (1 - phi^2) / n); bias of order (lag + correlation time) / draws
+    # Bartlett 1946: deviation below sqrt((1 + phi^2) / (1 - phi^2) / n); bias of order
+    # (lag + correlation time) / draws
     error = SIGMAS * math.sqrt((1 + phi**2) / (1 - phi**2) / (chains * draws))
     bias = (lags + (1 + phi) / (1 - phi)) / draws
-    np.testing.assert_allclose(metrics.autocorrelation(series, lags), expected, atol=error + bias, rtol=0)
+    found = metrics.autocorrelation(series, lags)
+    np.testing.assert_allclose(found, expected, atol=error + bias, rtol=0)
 
 
 def test_the_autocorrelation_equals_numpy_correlate():
@@ -435,12 +498,11 @@ def test_the_autocorrelation_equals_numpy_correlate():
 
 
 LOGITS, LABELS, PAIR = torch.eye(3), [0, 1, 1], np.eye(4)
-CALLS = {  # a usable call of each, and what it names where the first array is not finite
+CALLS = {  # a usable call of each, and what it names if the first array is not finite
     "classification": ([LOGITS, LABELS], "logits"),
     "calibration": ([LOGITS, LABELS], "logits"),
     "fit_temperature": ([LOGITS, LABELS], "logits"),
     "detection": ([[1.0, 2.0], [3.0], "grad_norm"], "grad_norm in distribution"),
-    "fast_detection": ([[1.0, 2.0], [3.0]], "scores_in"),
     "frechet_distance": ([PAIR, PAIR], "features"),
     "precision_recall": ([PAIR, PAIR + 1], "features"),
     "nearest": ([PAIR, PAIR], "images"),
@@ -460,11 +522,12 @@ def test_json_can_write_every_result(function):
 @pytest.mark.parametrize("function", CALLS)
 def test_tensors_that_require_gradients_and_single_precision_give_the_same_result(function):
     arguments, _ = CALLS[function]
-    result = getattr(metrics, function)(torch.as_tensor(arguments[0], dtype=torch.float64), *arguments[1:])
-    first = torch.as_tensor(arguments[0], dtype=torch.float32).requires_grad_()
+    (first, *others), call = arguments, getattr(metrics, function)
+    result = call(torch.as_tensor(first, dtype=torch.float64), *others)
+    single = torch.as_tensor(first, dtype=torch.float32).requires_grad_()
     with torch.no_grad():
-        assert getattr(metrics, function)(first, *arguments[1:]) == result
-    assert getattr(metrics, function)(first, *arguments[1:]) == result and first.grad is None
+        assert call(single, *others) == result
+    assert call(single, *others) == result and single.grad is None
 
 
 @pytest.mark.parametrize("function", CALLS)
@@ -480,8 +543,6 @@ def test_what_is_not_finite_is_refused_by_name(function, value):
 def test_what_is_not_finite_is_refused_in_the_other_arguments_too():
     with pytest.raises(FloatingPointError, match=r"grad_norm out of distribution.*not finite"):
         metrics.detection([1.0], [math.nan], "grad_norm")
-    with pytest.raises(FloatingPointError, match=r"scores_out.*not finite"):
-        metrics.fast_detection([1.0], [math.nan])
     with pytest.raises(FloatingPointError, match=r"pool.*not finite"):
         metrics.nearest(PAIR, np.full((4, 4), math.inf))
     with pytest.raises(FloatingPointError, match=r"array 1 of the bootstrap.*not finite"):

@@ -4,39 +4,41 @@ import math
 
 import pytest
 import torch
+from conftest import generator
 from torch import nn
 
-from models import (
+from sgld_nrg.models import (
     ARCHITECTURES,
-    BlockStem,
-    HalvingConv,
     build_model,
-    energy,
     joint_energy,
+    marginal_energy,
     mixture_energy,
     path_energy,
     predict,
 )
+from sgld_nrg.support.layers import BlockStem, HalvingConv
 
 SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": {"width": 1, "depth": 10}}
 
 
 def make(arch, **rest):
     torch.manual_seed(0)
-    return build_model(**{"arch": arch, "num_classes": 5, "channels": 1, "image_size": 8, **SHAPES[arch], **rest})
+    config = {"arch": arch, "num_classes": 5, "channels": 1, "image_size": 8, **SHAPES[arch]}
+    return build_model(**{**config, **rest})
 
 
 def test_energies_have_the_values_computed_by_hand():
     logits = torch.tensor([[math.log(2.0), math.log(3.0), 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(energy(logits), -torch.tensor([6.0, 3.0]).log())
-    torch.testing.assert_close(joint_energy(logits, torch.tensor([1, 2])), -torch.tensor([3.0, 1.0]).log())
+    torch.testing.assert_close(marginal_energy(logits), -torch.tensor([6.0, 3.0]).log())
+    found = joint_energy(logits, torch.tensor([1, 2]))
+    torch.testing.assert_close(found, -torch.tensor([3.0, 1.0]).log())
 
 
 def test_the_joint_density_divided_by_the_marginal_is_the_softmax():
     logits = torch.randn(6, 5)
     for label in range(5):
         labels = torch.full((6,), label)
-        conditional = (energy(logits) - joint_energy(logits, labels)).exp()
+        conditional = (marginal_energy(logits) - joint_energy(logits, labels)).exp()
         torch.testing.assert_close(conditional, logits.softmax(1)[:, label])
 
 
@@ -45,55 +47,67 @@ def test_mixtures_and_paths_have_the_energies_they_are_made_of():
     one_hot = nn.functional.one_hot(labels, 5).float()
     for of in (mixture_energy, path_energy):
         torch.testing.assert_close(of(logits, one_hot), joint_energy(logits, labels))
-    torch.testing.assert_close(mixture_energy(logits, torch.ones(6, 5)), energy(logits))
+    torch.testing.assert_close(mixture_energy(logits, torch.ones(6, 5)), marginal_energy(logits))
     pair = torch.tensor([0.25, 0, 0.75, 0, 0]).expand(6, 5)
-    torch.testing.assert_close(path_energy(logits, pair), -0.25 * logits[:, 0] - 0.75 * logits[:, 2])
-    torch.testing.assert_close(mixture_energy(logits, pair), -(0.25 * logits[:, 0].exp() + 0.75 * logits[:, 2].exp()).log())
+    first, third = logits[:, 0], logits[:, 2]
+    torch.testing.assert_close(path_energy(logits, pair), -0.25 * first - 0.75 * third)
+    mixed = -(0.25 * first.exp() + 0.75 * third.exp()).log()
+    torch.testing.assert_close(mixture_energy(logits, pair), mixed)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("channels, image_size", [(1, 8), (3, 32), (1, 28)])
 def test_every_architecture_maps_images_to_logits(arch, channels, image_size):
-    logits = make(arch, channels=channels, image_size=image_size)(torch.zeros(2, channels, image_size, image_size))
+    model = make(arch, channels=channels, image_size=image_size)
+    logits = model(torch.zeros(2, channels, image_size, image_size))
     assert logits.shape == (2, 5) and torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("stride", [2, 4])
 @pytest.mark.parametrize("channels, height, width", [(1, 28, 28), (3, 32, 32), (1, 29, 27)])
-def test_the_stem_on_blocks_is_a_strided_convolution_with_the_same_gradients(channels, height, width, stride):
+def test_the_stem_on_blocks_is_a_strided_convolution_with_the_same_gradients(
+    channels, height, width, stride
+):
     stem = BlockStem(channels, 8, stride)
     plain = torch.nn.Conv2d(channels, 8, 3 * stride - 1, stride=stride, padding=stride)
     plain.load_state_dict(stem.state_dict())
     x = torch.randn(4, channels, height, width, requires_grad=True)
     filled = nn.functional.pad(x, (0, -width % stride, 0, -height % stride))
-    cases = [(stem, x), (plain, filled)]
-    found, wanted = (
-        (layer(seen), *torch.autograd.grad(layer(seen).square().sum(), [x, layer.weight, layer.bias])) for layer, seen in cases
-    )
+
+    def output_and_gradients(layer, seen):
+        output = layer(seen)
+        return output, *torch.autograd.grad(output.square().sum(), [x, layer.weight, layer.bias])
+
+    found, wanted = output_and_gradients(stem, x), output_and_gradients(plain, filled)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(14, 14), (7, 7), (6, 9), (3, 2)])
-def test_the_halving_convolution_in_bfloat16_is_the_plain_one_with_the_same_gradients(height, width):
-    layer, generator = HalvingConv(5, 8), torch.Generator().manual_seed(0)
-    x = torch.randn(3, 5, height, width, generator=generator).bfloat16().float().requires_grad_()
+def test_the_halving_convolution_in_bfloat16_is_the_plain_one_with_the_same_gradients(
+    height, width
+):
+    layer, source = HalvingConv(5, 8), generator()
+    x = torch.randn(3, 5, height, width, generator=source).bfloat16().float().requires_grad_()
     layer.weight.data = layer.weight.data.bfloat16().float()  # so that both are asked the same
     expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
     assert found.dtype == torch.bfloat16 and expected.dtype == torch.float32
-    downstream = torch.randn(expected.shape, generator=generator).bfloat16()
+    downstream = torch.randn(expected.shape, generator=source).bfloat16()
     wanted = (x, layer.weight, layer.bias)
-    gradients = torch.autograd.grad(expected, wanted, downstream.float())
-    for exact, rounded in zip((expected, *gradients), (found, *torch.autograd.grad(found, wanted, downstream)), strict=True):
-        torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=2**-7 * float(exact.detach().abs().max()))
+    exact = (expected, *torch.autograd.grad(expected, wanted, downstream.float()))
+    rounded = (found, *torch.autograd.grad(found, wanted, downstream))
+    for one, other in zip(rounded, exact, strict=True):
+        tolerance = 2**-7 * float(other.detach().abs().max())
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("stem_stride, depth, width", [(2, 2, 4), (4, 1, 8)])
 def test_a_strided_stem_shrinks_the_map_like_stages(stem_stride, depth, width):
     small = make("small-cnn", image_size=28, depth=depth, width=width, stem_stride=stem_stride)
-    assert small.head.in_features == make("small-cnn", image_size=28, depth=3, width=2).head.in_features == 4 * 4 * 9
+    plain = make("small-cnn", image_size=28, depth=3, width=2)
+    assert small.head.in_features == plain.head.in_features == 4 * 4 * 9
     assert small(torch.zeros(2, 1, 28, 28)).shape == (2, 5)
 
 
@@ -111,14 +125,21 @@ def test_residual_blocks_start_as_the_identity_and_learn():
 
 
 @pytest.mark.parametrize(
-    "config", [{"arch": "small-cnn", "depth": 4}, {"arch": "wide-resnet", "depth": 11}, {"arch": "small-cnn", "width": 0}]
+    "config",
+    [
+        {"arch": "small-cnn", "depth": 4},
+        {"arch": "wide-resnet", "depth": 11},
+        {"arch": "small-cnn", "width": 0},
+    ],
 )
 def test_configurations_that_no_network_has_are_refused(config):
     with pytest.raises(ValueError, match="depth"):
         make(**config)
 
 
-@pytest.mark.parametrize("config", [{"arch": "small-cnn", "stem_stride": 3}, {"arch": "wide-resnet", "stem_stride": 2}])
+@pytest.mark.parametrize(
+    "config", [{"arch": "small-cnn", "stem_stride": 3}, {"arch": "wide-resnet", "stem_stride": 2}]
+)
 def test_a_stem_that_no_network_has_is_refused(config):
     with pytest.raises(ValueError, match="--stem-stride"):
         make(**config)

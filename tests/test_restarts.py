@@ -2,13 +2,10 @@
 
 import pytest
 import torch
+from conftest import generator
 
-import restarts
-from restarts import GaussianRestart, UniformRestart, restart_from_state
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+from sgld_nrg.support import restarts
+from sgld_nrg.support.restarts import GaussianRestart, UniformRestart, restart_from_state
 
 
 def test_uniform_restarts_fill_the_pixel_range():
@@ -24,8 +21,8 @@ def test_gaussian_restarts_have_the_mean_and_covariance_of_their_class():
     factor = torch.linalg.cholesky(truth)
     means = torch.tensor([[-0.3, 0.2], [0.4, 0.0]])
     labels = torch.arange(2).repeat_interleave(5000)
-    images = (means[labels] + torch.randn(10_000, 2, generator=generator()) @ factor.T).view(-1, 1, 1, 2)
-    restart = GaussianRestart.fit(images, labels, 2)
+    images = means[labels] + torch.randn(10_000, 2, generator=generator()) @ factor.T
+    restart = GaussianRestart.fit(images.view(-1, 1, 1, 2), labels, 2)
     for label in range(2):
         drawn = restart.draw(torch.full((20_000,), label), generator(1)).flatten(1)
         torch.testing.assert_close(drawn.mean(0), means[label], atol=0.01, rtol=0)
@@ -34,8 +31,9 @@ def test_gaussian_restarts_have_the_mean_and_covariance_of_their_class():
 
 def test_a_low_rank_gaussian_keeps_the_directions_of_largest_variance():
     x = torch.randn(4000, 3, generator=generator()) * torch.tensor([0.2, 0.001, 0.1])
-    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), torch.zeros(4000, dtype=torch.int64), 1, rank=2)
-    drawn = restart.draw(torch.zeros(4000, dtype=torch.int64), generator(1)).flatten(1)
+    labels = torch.zeros(4000, dtype=torch.int64)
+    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), labels, 1, rank=2)
+    drawn = restart.draw(labels, generator(1)).flatten(1)
     torch.testing.assert_close(drawn.std(0), torch.tensor([0.2, 0.0, 0.1]), atol=0.01, rtol=0)
 
 
@@ -44,27 +42,30 @@ def test_the_leading_directions_of_many_coordinates_are_found_without_their_cova
     hidden = torch.randn(300, 2, generator=generator()) * torch.tensor([3.0, 1.0])
     directions = torch.linalg.qr(torch.randn(1200, 2, generator=generator(1))).Q
     x = 0.1 * hidden @ directions.T + 0.001 * torch.randn(300, 1200, generator=generator(2))
-    restart = GaussianRestart.fit(x.view(-1, 3, 20, 20), torch.zeros(300, dtype=torch.int64), 1, rank=2)
+    labels = torch.zeros(300, dtype=torch.int64)
+    restart = GaussianRestart.fit(x.view(-1, 3, 20, 20), labels, 1, rank=2)
     centred = x - x.mean(0)
     covariance, found = centred.T @ centred / 299, restart.factor[0] @ restart.factor[0].T
     assert (covariance - found).norm() < 0.02 * covariance.norm()
-    assert torch.equal(torch.random.get_rng_state(), state)  # the random start of the decomposition is its own
+    # the random start of the decomposition is its own
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_class_of_two_clusters_is_drawn_from_a_gaussian_for_each():
     parts = torch.tensor([0, 0, 0, 1]).repeat(1000)
-    x = torch.where(parts == 0, -0.5, 0.5)[:, None] + 0.05 * torch.randn(4000, 3, generator=generator())
-    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), torch.zeros(4000, dtype=torch.int64), 1, parts=parts)
-    drawn = restart.draw(torch.zeros(4000, dtype=torch.int64), generator(1)).flatten(1)
+    x = torch.where(parts == 0, -0.5, 0.5)[:, None]
+    x = x + 0.05 * torch.randn(4000, 3, generator=generator())
+    labels = torch.zeros(4000, dtype=torch.int64)
+    restart = GaussianRestart.fit(x.view(-1, 1, 1, 3), labels, 1, parts=parts)
+    drawn = restart.draw(labels, generator(1)).flatten(1)
     left = drawn[:, 0] < 0
     assert abs(left.float().mean() - 0.75) < 0.03 and restart.num_classes == 1
     for rows, centre in ((left, -0.5), (~left, 0.5)):
         torch.testing.assert_close(drawn[rows].mean(0), torch.full((3,), centre), atol=0.01, rtol=0)
         torch.testing.assert_close(drawn[rows].std(0), torch.full((3,), 0.05), atol=0.005, rtol=0)
     again = restart_from_state(restart.state_dict())
-    assert torch.equal(
-        again.draw(torch.zeros(9, dtype=torch.int64), generator()), restart.draw(torch.zeros(9, dtype=torch.int64), generator())
-    )
+    first, second = (each.draw(labels[:9], generator()) for each in (restart, again))
+    assert torch.equal(first, second)
 
 
 def test_rows_that_are_wanted_do_not_depend_on_which_others_are():
@@ -77,7 +78,8 @@ def test_rows_that_are_wanted_do_not_depend_on_which_others_are():
 def test_few_images_of_many_pixels_have_the_covariance_they_have():
     x = torch.rand(20, 100, generator=generator()) - 0.5
     restart = GaussianRestart.fit(x.view(-1, 1, 10, 10), torch.zeros(20, dtype=torch.int64), 1)
-    torch.testing.assert_close(restart.factor[0] @ restart.factor[0].T, torch.cov(x.T), atol=1e-5, rtol=1e-3)
+    covariance = restart.factor[0] @ restart.factor[0].T
+    torch.testing.assert_close(covariance, torch.cov(x.T), atol=1e-5, rtol=1e-3)
 
 
 def test_restarts_drawn_at_once_are_those_drawn_class_by_class():
@@ -99,23 +101,58 @@ def test_classes_are_as_frequent_among_the_chains_as_in_the_training_images():
             counts = restart.labels(numbers).bincount(minlength=3)
             torch.testing.assert_close(counts, torch.tensor([500, 400, 100]), atol=3, rtol=0)
     one_each = GaussianRestart(torch.rand(3, 4), torch.rand(3, 4, 2), (1, 2, 2))
-    torch.testing.assert_close(one_each.labels(torch.arange(300)).bincount(), torch.tensor([100] * 3), atol=3, rtol=0)
+    counts = one_each.labels(torch.arange(300)).bincount()
+    torch.testing.assert_close(counts, torch.tensor([100] * 3), atol=3, rtol=0)
     assert UniformRestart((1, 2, 2), 3).labels(torch.arange(5)).tolist() == [0, 1, 2, 0, 1]
 
 
 def test_restart_distributions_survive_their_state_dict():
     labels = torch.tensor([0, 1, 1])
-    for restart in (UniformRestart((1, 2, 2), 2), GaussianRestart(torch.rand(2, 4), torch.rand(2, 4, 3), (1, 2, 2))):
+    uniform = UniformRestart((1, 2, 2), 2)
+    gaussian = GaussianRestart(torch.rand(2, 4), torch.rand(2, 4, 3), (1, 2, 2))
+    for restart in (uniform, gaussian):
         again = restart_from_state(restart.state_dict())
         assert torch.equal(again.draw(labels, generator()), restart.draw(labels, generator()))
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_starts_are_numbers_of_the_kind_of_the_images(kind):
+    images, labels = torch.rand(40, 1, 2, 2, generator=generator()), torch.arange(40) % 2
+    restart = GaussianRestart.fit(images.to(kind), labels, 2)
+    again = restart_from_state(restart.state_dict())
+    for each in (restart, again):
+        drawn = each.draw(torch.zeros(4000, dtype=torch.int64), generator())
+        assert drawn.dtype == kind
+        spread = drawn.float().var(0) / images[labels == 0].clamp(-1, 1).var(0)
+        assert spread.min() > 0.7 and spread.max() < 1.3
+
+
+@pytest.mark.parametrize("low, high, bounds", [(-0.5, 0.5, (-1, 1)), (0, 255, (0, 255))])
+def test_starts_lie_within_the_pixel_range_or_the_images_own(low, high, bounds):
+    images = torch.rand(50, 1, 2, 2, generator=generator()) * (high - low) + low
+    images.view(-1)[:2] = torch.tensor([low, high])
+    restart = GaussianRestart.fit(images, torch.zeros(50, dtype=torch.int64), 1)
+    for each in (restart, restart_from_state(restart.state_dict())):
+        drawn = each.draw(torch.zeros(4000, dtype=torch.int64), generator())
+        assert (drawn.min(), drawn.max()) == bounds
+
+
+def test_a_state_without_a_range_is_clamped_to_the_pixel_range():
+    restart = GaussianRestart(torch.zeros(1, 2), 10 * torch.eye(2)[None], (2,), clamp=(-50, 50))
+    state = restart.state_dict()
+    del state["clamp"]
+    labels = torch.zeros(1000, dtype=torch.int64)
+    assert restart.draw(labels, generator()).abs().max() > 10
+    assert restart_from_state(state).draw(labels, generator()).abs().max() == 1
+
+
 def test_clusters_cut_a_class_by_what_its_images_look_like():
-    images = torch.randn(210, 1, 4, 4) * 0.01 + torch.tensor([-0.5, 0.5]).repeat(105)[:, None, None, None]
+    centres = torch.tensor([-0.5, 0.5]).repeat(105)[:, None, None, None]
+    images = torch.randn(210, 1, 4, 4) * 0.01 + centres
     labels = torch.zeros(210, dtype=torch.int64)
     labels[-4:] = 1
-    parts = restarts.clusters(images, labels, 2, seed=0)
-    first = parts[:206]
+    first = restarts.clusters(images, labels, 2, seed=0)[:206]
     assert len(first[::2].unique()) == len(first[1::2].unique()) == 1 and first[0] != first[1]
-    parts = restarts.clusters(images, labels, 10, seed=0)  # few images have few clusters: no start is a training image
+    # few images have few clusters: no start is a training image
+    parts = restarts.clusters(images, labels, 10, seed=0)
     assert len(parts[:206].unique()) == 4 and len(parts[-4:].unique()) == 1

@@ -1,48 +1,62 @@
 """The classifier's training, end to end on the digits."""
 
-import pytest
 import torch
-from conftest import TINY
+from conftest import run
 
-import runs
-import train_classifier
+from sgld_nrg import train_classifier
+from sgld_nrg.support.checkpoints import load_checkpoint
+from sgld_nrg.support.log import read_metrics
 
-FLAGS = ["--dataset", "digits", "--width", "8", "--warmup-steps", "20"]
+FLAGS = ["--dataset", "digits", "--width", "8", "--warmup-iterations", "20"]
 
 
 def test_it_learns_the_digits_and_writes_what_it_promises(tmp_path, capsys):
-    train_classifier.main([*FLAGS, "--epochs", "12", "--out-dir", str(tmp_path / "run")])
+    folder = tmp_path / "run"
+    run("train_classifier", *FLAGS, "--epochs", 6, "--lr", 4e-3, "--out-dir", folder)
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("test accuracy: ") and float(last.split()[2]) > 90
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"classifier.pt", "metrics.csv", "curves.png", "config.json"}
-    rows = runs.read_metrics(tmp_path / "run" / "metrics.csv")
-    assert [float(row["epoch"]) for row in rows] == list(range(1, 13))
+    written = {"classifier.pt", "metrics.csv", "curves.png", "config.json"}
+    assert {path.name for path in folder.iterdir()} == written == set(train_classifier.OUTPUTS)
+    rows = read_metrics(folder / "metrics.csv")
+    assert [float(row["epoch"]) for row in rows] == list(range(1, 7))
     assert all(row["cross_entropy"] and row["val_accuracy"] for row in rows)
 
 
-def test_the_checkpoint_keeps_the_epoch_of_the_lowest_validation_cross_entropy(tmp_path, digits):
-    flags = ["--epochs", "30", "--lr", "0.03", "--lr-floor", "1", "--ema-decay", "0"]  # it gets worse again
-    train_classifier.main([*FLAGS, *flags, "--out-dir", str(tmp_path)])
-    losses = [float(row["val_cross_entropy"]) for row in runs.read_metrics(tmp_path / "metrics.csv")]
-    assert min(losses) < losses[-1]
-    checkpoint = runs.load_checkpoint(tmp_path / "classifier.pt", "classifier")
-    loss, _ = train_classifier.evaluate(runs.load_model(checkpoint, "cpu"), digits.val)
-    assert loss == pytest.approx(min(losses), rel=1e-4)
+def test_the_checkpoint_keeps_the_epoch_of_the_lowest_validation_cross_entropy(
+    tmp_path, monkeypatch, no_curves
+):
+    losses, judged = (3.0, 1.0, 2.0), []
+
+    def evaluate(model, split):
+        judged.append({name: value.clone() for name, value in model.state_dict().items()})
+        return (*losses, 0.0)[len(judged) - 1], 0.5  # the last is on the test split
+
+    monkeypatch.setattr(train_classifier, "evaluate", evaluate)
+    flags = "--epochs 3 --batch-size 314 --ema-decay 0.5"
+    run("train_classifier", *FLAGS, *flags.split(), "--out-dir", tmp_path)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [float(row["val_cross_entropy"]) for row in rows] == list(losses)
+    checkpoint = load_checkpoint(tmp_path / "classifier.pt", "classifier")
+    assert checkpoint["val_cross_entropy"] == 1.0
+    first, second, third, tested = judged
+    for name, kept in checkpoint["model"].items():
+        assert torch.equal(kept, second[name]) and torch.equal(kept, tested[name])
+        assert not torch.equal(kept, first[name]) and not torch.equal(kept, third[name])
+
+
+def test_the_loss_and_the_accuracy_of_a_split_are_those_of_its_logits(digits):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    images, labels = digits.val
+    logits = model(images)
+    loss, accuracy = train_classifier.evaluate(model, digits.val)
+    wanted = -logits.log_softmax(1)[range(len(labels)), labels].mean()
+    torch.testing.assert_close(loss, wanted.item())
+    assert accuracy == (logits.argmax(1) == labels).float().mean().item()
 
 
 def test_it_trains_a_wide_residual_network(tmp_path, capsys):
-    train_classifier.main(["--arch", "wide-resnet", "--width", "1", "--dry-run", "--out-dir", str(tmp_path / "none")])
-    assert "dry run" in capsys.readouterr().out and not (tmp_path / "none").exists()
-
-
-def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, interrupt):
-    flags = [*TINY[:4], "--epochs", "4", "--warmup-steps", "20"]
-    train_classifier.main([*flags, "--out-dir", str(tmp_path / "whole")])
-    interrupt()
-    with pytest.raises(SystemExit):
-        train_classifier.main([*flags, "--out-dir", str(tmp_path / "stopped")])
-    train_classifier.main(["--resume", "--out-dir", str(tmp_path / "stopped")])
-    whole, stopped = (runs.load_checkpoint(tmp_path / name / "classifier.pt", "classifier") for name in ("whole", "stopped"))
-    assert whole["finished"] and stopped["finished"]
-    for name, value in whole["training"]["model"].items():
-        assert torch.equal(value, stopped["training"]["model"][name])
+    folder = tmp_path / "none"
+    flags = "--arch wide-resnet --width 1 --dry-run"
+    run("train_classifier", *flags.split(), "--out-dir", folder)
+    assert "dry run" in capsys.readouterr().out and not folder.exists()

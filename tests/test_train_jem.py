@@ -4,24 +4,28 @@ import re
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, generator, run, training
+from torch.nn.functional import cross_entropy
 
-import restarts
-import runs
-import train_classifier
-import train_jem
-from models import energy, joint_energy
-from restarts import GaussianRestart, UniformRestart
-from train_jem import ReplayBuffer, energy_loss, energy_regulariser
-from training import Training
+from sgld_nrg import train_classifier, train_jem
+from sgld_nrg.models import build_model, energy_of, joint_energy, load_model, marginal_energy
+from sgld_nrg.sgld import Langevin
+from sgld_nrg.support.checkpoints import langevin_from, load_checkpoint
+from sgld_nrg.support.commands import parse
+from sgld_nrg.support.log import read_metrics
+from sgld_nrg.support.restarts import GaussianRestart, UniformRestart, restart_from_flags
+from sgld_nrg.train_jem import ReplayBuffer, energy_loss, energy_regulariser
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+SHORT = [*TINY, "--batch-size", "314", "--epochs", "1"]  # four iterations
+# as the preset of the digits has it
+LANGEVIN = Langevin(0.1, 0.08, False, 1.0, (-1.0, 1.0))
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def buffer_of(size, reinit_prob=0.0, num_classes=10):
-    return ReplayBuffer(size, UniformRestart((1, 2, 2), num_classes), reinit_prob, generator=generator())
+def buffer_of(size, reinit_prob=0.0, **settings):
+    restart = UniformRestart((1, 2, 2), 10)
+    return ReplayBuffer(size, restart, reinit_prob, generator=generator(), **settings)
 
 
 def test_chains_are_written_back_to_their_slots_and_no_other_slot_changes():
@@ -32,7 +36,8 @@ def test_chains_are_written_back_to_their_slots_and_no_other_slot_changes():
     assert torch.equal(images, before[slots]) and torch.equal(labels, buffer.labels[slots])
     buffer.put(slots, images + 1, steps=7)
     untouched = torch.ones(50, dtype=torch.bool).index_fill(0, slots, False)
-    assert torch.equal(buffer.images[slots], before[slots] + 1) and torch.equal(buffer.images[untouched], before[untouched])
+    assert torch.equal(buffer.images[slots], before[slots] + 1)
+    assert torch.equal(buffer.images[untouched], before[untouched])
     assert (buffer.ages[slots] == 7).all() and (buffer.ages[untouched] == 0).all()
 
 
@@ -59,18 +64,27 @@ def test_chains_restart_at_the_given_rate_and_start_again_at_age_zero(reinit_pro
 
 
 def test_long_chains_fill_their_share_of_a_draw_and_never_restart():
-    buffer = ReplayBuffer(50, UniformRestart((1, 2, 2), 10), 1.0, generator=generator(), long_chains=10, long_share=0.25)
+    buffer = buffer_of(50, 1.0, long_chains=10, long_share=0.25)
     buffer.images.fill_(5.0)  # no restart gives this
     slots, images, _ = buffer.draw(20, generator(1))
     assert len(slots.unique()) == 20 and (slots >= 40).sum() == 5
     assert torch.equal((images == 5).flatten(1).all(1), slots >= 40)
 
 
-@pytest.mark.parametrize("count", [47, 44])
-def test_more_chains_of_either_kind_than_the_buffer_has_are_refused(count):
-    settings = {"generator": generator(), "long_chains": 10, "long_share": 0.25 if count == 44 else 0.1}
-    with pytest.raises(ValueError, match=r"\d+ \+ \d+ chains were asked of a replay buffer of 40 \+ 10"):
-        ReplayBuffer(50, UniformRestart((1, 2, 2), 10), 0.0, **settings).draw(count)
+@pytest.mark.parametrize(
+    "size, long_chains, long_share, count, says",
+    [
+        (50, 10, 0.1, 47, "42 + 5 chains were asked of a replay buffer of 40 + 10"),
+        (50, 10, 0.25, 44, "33 + 11 chains were asked of a replay buffer of 40 + 10"),
+        (10, 0, 0.0, 11, "11 + 0 chains were asked of a replay buffer of 10 + 0"),
+    ],
+)
+def test_more_chains_of_either_kind_than_the_buffer_has_are_refused(
+    size, long_chains, long_share, count, says
+):
+    buffer = buffer_of(size, long_chains=long_chains, long_share=long_share)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        buffer.draw(count)
 
 
 def test_restarts_come_from_the_class_of_the_chain():
@@ -83,11 +97,6 @@ def test_restarts_come_from_the_class_of_the_chain():
     assert torch.equal(images.flatten(1), means[labels])
 
 
-def test_more_chains_than_the_buffer_has_are_refused():
-    with pytest.raises(ValueError, match="11 \\+ 0 chains"):
-        buffer_of(10).draw(11)
-
-
 def test_the_buffer_survives_its_state_dict():
     buffer, other = buffer_of(20), buffer_of(5)
     buffer.put(torch.arange(20), buffer.images * 2, 3)
@@ -97,110 +106,131 @@ def test_the_buffer_survives_its_state_dict():
 
 
 def test_the_energy_loss_has_the_value_and_the_sign_computed_by_hand():
-    positive, negative = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([-1.0, 2.0], requires_grad=True)
+    positive = torch.tensor([1.0, 3.0], requires_grad=True)
+    negative = torch.tensor([-1.0, 2.0], requires_grad=True)
     loss = energy_loss(positive, negative)
     loss.backward()
     assert loss.item() == 1.5  # 2 - 0.5
-    assert (positive.grad > 0).all() and (negative.grad < 0).all()  # descent lowers data's energy and raises the chains'
-    assert energy_regulariser(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])).item() == 5 + 2.5
+    # descent lowers the energy of data and raises that of the chains
+    assert (positive.grad > 0).all() and (negative.grad < 0).all()
+    assert energy_regulariser(positive, negative).item() == 5 + 2.5
+
+
+def test_the_energy_of_the_chains_is_float32_and_with_labels_the_joint_one():
+    model = build_model("small-cnn", 3, 1, 8, 2, 1)
+    energy, x = energy_of(model, "float32"), torch.randn(4, 1, 8, 8)
+    labels = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(energy(x), -model(x).logsumexp(1))
+    torch.testing.assert_close(energy(x, labels), -model(x)[range(4), labels])
+    assert energy_of(model, "bf16")(x).dtype == torch.float32
 
 
 HARD = ["--adversarial-eps", "0.1", "--clean-share", "0.3", "--attack-share"]
 
 
-@pytest.mark.parametrize("hard", [[], [*HARD, "1"], [*HARD, "0.25", "--chain-batch-size", "8", "--buffer-size", "8"]])
-@pytest.mark.parametrize("flags, conditional", [(["--p-x-weight", "0.7"], False), (["--p-xy-weight", "0.7"], True)])
-def test_an_iteration_descends_the_loss_computed_by_hand(tmp_path, digits, monkeypatch, flags, conditional, hard):
-    args = train_jem.parse_args(
-        [*TINY, *flags, "--batch-size", "16", "--chain-batch-size", "16", "--buffer-size", "16", "--energy-reg", "0.02",
-         "--p-y-given-x-weight", "0.4", "--precision", "float32", "--input-noise", "0", "--augment", "0",
-         "--adversarial-eps", "0", *hard]
-    )  # fmt: skip
-    run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
-    buffer = ReplayBuffer(args.buffer_size, restarts.from_flags(args, digits, "cpu"), 0.0, generator=generator())
-    logged = {}
-
-    def gradients(objective):
-        loss, values = objective()
-        logged.update(values, loss=loss)
-
-    monkeypatch.setattr(run, "gradients", gradients)
-    monkeypatch.setattr(run, "update", lambda values: None)
+@pytest.mark.parametrize(
+    "hard", [[], [*HARD, "1"], [*HARD, "0.25", "--chain-batch-size", "8", "--buffer-size", "8"]]
+)
+@pytest.mark.parametrize("density, conditional", [("--p-x-weight", False), ("--p-xy-weight", True)])
+def test_an_iteration_descends_the_loss_computed_by_hand(
+    tmp_path, digits, monkeypatch, density, conditional, hard
+):
+    flags = "--batch-size 16 --chain-batch-size 16 --buffer-size 16 --energy-reg 0.02"
+    flags += " --p-y-given-x-weight 0.4 --input-noise 0 --augment 0 --adversarial-eps 0"
+    job = training(digits, tmp_path, *flags.split(), density, 0.7, *hard)
+    args, losses = job.args, []
+    restart = restart_from_flags(args, digits, job.device)
+    buffer = ReplayBuffer(args.buffer_size, restart, 0.0, generator=generator())
+    monkeypatch.setattr(job, "backward", losses.append)
     before = buffer.images.clone()
     images, labels = digits.train.images[:16], digits.train.labels[:16]
     if hard:
-        monkeypatch.setattr(train_jem, "single_step", lambda logits_of, images, *rest, **settings: images.flip(3))
-    train_jem.iterate(run, buffer, images, labels)
+        monkeypatch.setattr(train_jem, "single_step", lambda logits_of, x, *_, **__: x.flip(3))
+    logged = train_jem.iteration(job, buffer, LANGEVIN, args.steps, images, labels)
 
     assert not torch.equal(before, buffer.images) and (buffer.ages == args.steps).all()
-    logits, chain_logits = run.model(images), run.model(buffer.images)  # the whole buffer was drawn
+    logits = job.model(images)
+    chain_logits = job.model(buffer.images)  # the whole buffer was drawn
+    gap = marginal_energy(logits).mean() - marginal_energy(chain_logits).mean()
+    density_gap = gap
     if conditional:
-        gap = joint_energy(logits, labels).mean() - joint_energy(chain_logits, buffer.labels).mean()
-    else:
-        gap = energy(logits).mean() - energy(chain_logits).mean()
+        on_chains = joint_energy(chain_logits, buffer.labels)
+        density_gap = joint_energy(logits, labels).mean() - on_chains.mean()
     cross = -logits.log_softmax(1)[range(16), labels].mean()
     if hard:  # the density's terms see the images as they are
-        attacked = round(16 * args.attack_share)
-        augmented = torch.cat([images[:attacked].flip(3), images[attacked:]])
-        cross = 0.3 * cross - 0.7 * run.model(augmented).log_softmax(1)[range(16), labels].mean()
-    squares = energy(logits).square().mean() + energy(chain_logits).square().mean()
-    torch.testing.assert_close(logged["loss"], 0.4 * cross + 0.7 * gap + 0.02 * squares)
-    torch.testing.assert_close(logged["energy_gap"], energy(chain_logits).mean() - energy(logits).mean())
-    torch.testing.assert_close(logged["chain_displacement"], (buffer.images - before).flatten(1).norm(dim=1).mean())
+        count = round(16 * args.attack_share)
+        augmented = torch.cat([images[:count].flip(3), images[count:]])
+        hard_cross = -job.model(augmented).log_softmax(1)[range(16), labels].mean()
+        cross = 0.3 * cross + 0.7 * hard_cross
+    energies = marginal_energy(logits), marginal_energy(chain_logits)
+    squares = energies[0].square().mean() + energies[1].square().mean()
+    (loss,) = losses
+    torch.testing.assert_close(loss, 0.4 * cross + 0.7 * density_gap + 0.02 * squares)
+    torch.testing.assert_close(logged["energy_gap"], -gap.detach())
+    moved = (buffer.images - before).flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(logged["chain_displacement"], moved)
 
 
 def test_the_steps_go_evenly_from_the_first_to_the_last_and_given_alone_stay():
-    args = train_jem.parse_args(["--first-steps", "3", "--steps", "6"])
-    assert [train_jem.steps_now(args, progress) for progress in (0, 0.1, 0.3, 0.6, 0.9, 1)] == [3, 3, 4, 5, 6, 6]
-    alone = train_jem.parse_args(["--dataset", "mnist", "--steps", "7"])
+    args = parse("train_jem", ["--first-steps", "3", "--steps", "6"])
+    steps = [train_jem.steps_now(args, progress) for progress in (0, 0.1, 0.3, 0.6, 0.9, 1)]
+    assert steps == [3, 3, 4, 5, 6, 6]
+    alone = parse("train_jem", ["--dataset", "mnist", "--steps", "7"])
     assert {train_jem.steps_now(alone, progress) for progress in (0, 0.5, 1)} == {7}
 
 
-def test_a_chain_is_run_for_the_steps_of_the_moment(tmp_path, digits):
-    args = train_jem.parse_args([*TINY, "--first-steps", "1", "--steps", "3", "--batch-size", "8"])
-    run = Training(args, digits, tmp_path, "jem", torch.device("cpu"))
-    buffer = ReplayBuffer(64, restarts.from_flags(args, digits, "cpu"), 0.0, generator=generator())
-    ages = [0]
-    for run.done in (0.0, 0.5, 1.0):
-        train_jem.iterate(run, buffer, digits.train.images[:8], digits.train.labels[:8])
-        ages.append(int(buffer.ages.sum()))
-    assert ages == [0, 64, 64 + 128, 64 + 128 + 192]
+def test_a_chain_is_run_for_the_steps_of_the_moment_with_the_settings_of_the_flags(
+    tmp_path, monkeypatch
+):
+    iteration, seen = train_jem.iteration, []
+
+    def watched(job, buffer, langevin, *rest):
+        before = int(buffer.ages.sum())
+        values = iteration(job, buffer, langevin, *rest)
+        seen.append((job.iteration, int(buffer.ages.sum()) - before, langevin))
+        return values
+
+    monkeypatch.setattr(train_jem, "iteration", watched)
+    flags = "--first-steps 1 --steps 5 --reinit-prob 0 --noise-std 0.02"
+    run("train_jem", *SHORT, "--from-scratch", *flags.split(), "--out-dir", tmp_path)
+    langevin = LANGEVIN._replace(noise_std=0.02)
+    assert seen == [(number, 64 * (number + 1), langevin) for number in range(4)]  # 64 chains each
 
 
 def test_adversarial_training_attacks_within_its_radius_and_raises_the_loss(tmp_path, digits):
-    run = Training(train_jem.parse_args([*TINY, "--adversarial-eps", "0.1"]), digits, tmp_path, "jem", torch.device("cpu"))
+    job = training(digits, tmp_path, "--adversarial-eps", "0.1")
     images, labels = digits.train.images[:100], digits.train.labels[:100]
-    hard = train_jem.attacked(run, images, labels)
+    hard = train_jem.attacked(job, images, labels)
     assert (hard - images).abs().max() <= 0.2 + 1e-6 and hard.abs().max() <= 1
-    losses = [torch.nn.functional.cross_entropy(run.model(x), labels).item() for x in (images, hard)]
-    assert losses[1] > losses[0]
-    run.args.attack_share = 0.3
-    some = train_jem.attacked(run, images, labels)
+    clean_loss, hard_loss = (cross_entropy(job.model(x), labels) for x in (images, hard))
+    assert hard_loss > clean_loss
+    job.args.attack_share = 0.3
+    some = train_jem.attacked(job, images, labels)
     assert ((some != images).flatten(1).any(1) == (torch.arange(100) < 30)).all()
-    run.args.adversarial_eps = 0
-    assert train_jem.attacked(run, images, labels) is images
+    job.args.adversarial_eps = 0
+    assert train_jem.attacked(job, images, labels) is images
 
 
-def test_chains_in_training_leave_the_modes_and_the_gradients_of_the_network(tmp_path, digits):
-    run = Training(train_jem.parse_args(TINY), digits, tmp_path, "jem", torch.device("cpu"))
-    run.model.features[0].eval()
-    modes = [part.training for part in run.model.modules()]
-    buffer = ReplayBuffer(100, restarts.from_flags(run.args, digits, "cpu"), 0.0, generator=generator())
-    for images, labels in zip(digits.train.images.split(64), digits.train.labels.split(64), strict=True):
-        run.lr = run.done = run.began = 0
-        run.bar = None
-        train_jem.iterate(run, buffer, images, labels)
-        break
-    assert [part.training for part in run.model.modules()] == modes
-    assert all(parameter.requires_grad and parameter.grad is not None for parameter in run.model.parameters())
+def test_chains_in_training_leave_the_modes_of_the_network_and_it_gets_its_gradients(
+    tmp_path, digits
+):
+    job = training(digits, tmp_path)
+    job.model.features[0].eval()
+    modes = [part.training for part in job.model.modules()]
+    restart = restart_from_flags(job.args, digits, job.device)
+    buffer = ReplayBuffer(100, restart, 0.0, generator=generator())
+    images, labels = digits.train.images[:64], digits.train.labels[:64]
+    train_jem.iteration(job, buffer, LANGEVIN, 2, images, labels)
+    assert [part.training for part in job.model.modules()] == modes
+    parameters = list(job.model.parameters())
+    assert all(each.requires_grad and each.grad is not None for each in parameters)
 
 
-def test_the_trained_model_gives_data_lower_energy_than_noise_and_classifies(tiny_run, digits):
-    checkpoint = runs.load_checkpoint(tiny_run / "jem.pt", "jem")
-    model = runs.load_model(checkpoint, "cpu")
+def test_the_trained_model_gives_data_lower_energy_than_noise_and_classifies(checkpoint, digits):
+    model = load_model(checkpoint)
     noise = torch.rand(360, 1, 8, 8, generator=generator()) * 2 - 1
     with torch.no_grad():
-        on_data, on_noise = energy(model(digits.test.images)), energy(model(noise))
+        on_data, on_noise = (marginal_energy(model(x)) for x in (digits.test.images, noise))
     assert on_data.mean() < on_noise.mean()
     assert (on_data[:, None] < on_noise[None]).float().mean() > 0.8
     _, accuracy = train_classifier.evaluate(model, digits.test)
@@ -208,13 +238,21 @@ def test_the_trained_model_gives_data_lower_energy_than_noise_and_classifies(tin
 
 
 def test_the_run_folder_holds_what_is_promised(tiny_run):
-    assert {path.name for path in tiny_run.iterdir()} == {
-        "classifier.pt", "jem.pt", "metrics.csv", "curves.png", "samples.png", "config.json", "grids",
-    }  # fmt: skip
+    promised = {*train_jem.OUTPUTS, "classifier.pt"}
+    assert {path.name for path in tiny_run.iterdir()} == promised
+    assert promised == {
+        "classifier.pt",
+        "jem.pt",
+        "metrics.csv",
+        "curves.png",
+        "samples.png",
+        "config.json",
+        "grids",
+    }
     assert sorted(path.name for path in (tiny_run / "grids").iterdir()) == [
         f"epoch-{epoch}.png" for epoch in ("000.0", "000.5", "001.0", "002.0", "003.0", "004.0")
     ]
-    rows = runs.read_metrics(tiny_run / "metrics.csv")
+    rows = read_metrics(tiny_run / "metrics.csv")
     assert {row["phase"] for row in rows} == {"classifier", "jem"}
     jem = [row for row in rows if row["phase"] == "jem"]
     ends = [row for row in jem if row["val_accuracy"]]
@@ -225,71 +263,67 @@ def test_the_run_folder_holds_what_is_promised(tiny_run):
         assert float(row["energy_gap"]) == pytest.approx(gap, abs=1e-3)
 
 
-def test_the_last_line_is_the_test_accuracy_and_the_classifier_found_is_used(tmp_path, tiny_run, capsys):
-    flags = [*TINY, "--epochs", "1", "--out-dir", str(tmp_path / "run")]
-    train_jem.main([*flags, "--classifier", str(tiny_run / "classifier.pt")])
+def test_the_test_accuracy_is_told_and_the_classifier_that_is_named_is_used(
+    tmp_path, tiny_run, capsys
+):
+    folder = tmp_path / "run"
+    run("train_jem", *SHORT, "--classifier", tiny_run / "classifier.pt", "--out-dir", folder)
     out = capsys.readouterr().out.strip()
-    assert re.search(r"^test accuracy: \d+\.\d\d %$", out, re.MULTILINE) and "next: python sample.py --checkpoint" in out
-    assert "starting from the classifier" in out and str(tmp_path / "run" / "jem.pt") in out
-    assert not (tmp_path / "run" / "classifier.pt").exists()
+    assert re.search(r"^test accuracy: \d+\.\d\d %$", out, re.MULTILINE)
+    assert "next: python sample.py --checkpoint" in out and str(folder / "jem.pt") in out
+    assert "starting from the classifier" in out
+    assert not (folder / "classifier.pt").exists()
+
+
+def test_a_classifier_that_was_pretrained_serves_runs_of_the_same_flags_alone(tmp_path, capsys):
+    command = [*SHORT, "--pretrain-epochs", 1, "--out-dir", tmp_path]
+    path, jem = tmp_path / "classifier.pt", tmp_path / "jem.pt"
+    run("train_jem", *command)
+    before, done = path.read_bytes(), capsys.readouterr().out
+    jem.unlink()
+    assert "training one first" in done and "starting from the classifier" not in done
+    run("train_jem", *command)
+    jem.unlink()
+    assert f"starting from the classifier {path}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        run("train_jem", *command, "--lr", 0.01)
+    assert caught.value.code == 2 and "--lr 0.001" in capsys.readouterr().err
+    assert path.read_bytes() == before and not jem.exists()
+    run("train_jem", *command, "--lr", 0.01, "--overwrite")
+    assert "it is replaced" in capsys.readouterr().out
+    assert load_checkpoint(path, "classifier")["args"]["lr"] == 0.01 and jem.exists()
 
 
 @pytest.mark.parametrize(
-    "flags", [["--restart", "uniform"], ["--p-xy-weight", "0.1"], ["--clamp", "0", "--pixel-grad-clip", "0"]]
+    "flags, langevin",
+    [
+        ("--restart uniform", LANGEVIN),
+        ("--p-xy-weight 0.1", LANGEVIN),
+        ("--clamp 0 --pixel-grad-clip 0", LANGEVIN._replace(clamp=None, pixel_grad_clip=None)),
+        ("--noise-first --step-size 0.2", LANGEVIN._replace(noise_first=True, step_size=0.2)),
+    ],
 )
-def test_every_way_to_train_goes_through_from_scratch(tmp_path, flags, capsys):
-    train_jem.main([*TINY, "--epochs", "1", "--from-scratch", *flags, "--out-dir", str(tmp_path)])
+def test_every_way_to_train_goes_through_from_scratch(tmp_path, flags, langevin, capsys):
+    run("train_jem", *SHORT, "--from-scratch", *flags.split(), "--out-dir", tmp_path)
     assert "random weights" in capsys.readouterr().out
-    checkpoint = runs.load_checkpoint(tmp_path / "jem.pt", "jem")
+    checkpoint = load_checkpoint(tmp_path / "jem.pt", "jem")
     assert checkpoint["finished"] and checkpoint["conditional"] == ("--p-xy-weight" in flags)
+    assert langevin_from(checkpoint) == langevin
 
 
 def test_a_dry_run_keeps_no_file(tmp_path, capsys):
-    train_jem.main([*TINY, "--pretrain-epochs", "1", "--dry-run", "--out-dir", str(tmp_path / "run")])
-    assert "dry run" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    folder = tmp_path / "run"
+    run("train_jem", *TINY, "--pretrain-epochs", "1", "--dry-run", "--out-dir", folder)
+    assert "dry run" in capsys.readouterr().out and not folder.exists()
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
-    flags = [*TINY, "--epochs", "1", "--from-scratch"]
     models = []
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        train_jem.main([*flags, "--seed", seed, "--out-dir", str(tmp_path / name)])
-        models.append(runs.load_checkpoint(tmp_path / name / "jem.pt", "jem"))
-    same = [torch.equal(models[0]["buffer"]["images"], other["buffer"]["images"]) for other in models[1:]]
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        flags = ("--from-scratch", "--seed", seed, "--out-dir", tmp_path / name)
+        run("train_jem", *SHORT, *flags)
+        models.append(load_checkpoint(tmp_path / name / "jem.pt", "jem"))
+    one, *others = models
+    same = [torch.equal(one["buffer"]["images"], other["buffer"]["images"]) for other in others]
     assert same == [True, False]
-    assert all(torch.equal(value, models[1]["model"][name]) for name, value in models[0]["model"].items())
-
-
-def test_a_stopped_run_resumes_to_the_same_weights_buffer_and_metrics(tmp_path, interrupt):
-    flags = [*TINY, "--from-scratch", "--log-every", "7", "--first-steps", "2", "--steps", "10"]
-    train_jem.main([*flags, "--out-dir", str(tmp_path / "whole")])
-    interrupt()
-    with pytest.raises(SystemExit) as caught:
-        train_jem.main([*flags, "--out-dir", str(tmp_path / "stopped")])
-    assert caught.value.code == 130
-    train_jem.main(["--resume", "--out-dir", str(tmp_path / "stopped")])
-    whole, stopped = (runs.load_checkpoint(tmp_path / name / "jem.pt", "jem") for name in ("whole", "stopped"))
-    for part in ("model", "buffer"):
-        for name, value in whole[part].items():
-            assert torch.equal(value, stopped[part][name]), name
-    clock = ("minutes", "iterations_per_second")
-    rows = [
-        [{k: v for k, v in row.items() if k not in clock} for row in runs.read_metrics(tmp_path / name / "metrics.csv")]
-        for name in ("whole", "stopped")
-    ]
-    assert rows[0] == rows[1]
-
-
-def test_a_finished_run_resumed_with_more_epochs_goes_on(tmp_path, tiny_run, capsys):
-    flags = [*TINY, "--epochs", "1", "--from-scratch", "--out-dir", str(tmp_path)]
-    train_jem.main(flags)
-    train_jem.main(["--resume", "--epochs", "2", "--out-dir", str(tmp_path)])
-    assert runs.load_checkpoint(tmp_path / "jem.pt", "jem")["training"]["step"] == 2 * 19
-
-
-def test_divergence_is_named_with_its_iteration(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        flags = ["--lr", "1e30", "--warmup-steps", "0", "--max-rollbacks", "0"]
-        train_jem.main([*TINY, "--from-scratch", *flags, "--out-dir", str(tmp_path)])
-    assert caught.value.code == 1
-    assert re.search(r"^error: training diverged at iteration \d+: .* not finite .*--lr", capsys.readouterr().err)
+    assert all(torch.equal(value, models[1]["model"][name]) for name, value in one["model"].items())
