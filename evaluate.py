@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from sgld_nrg import train_classifier
 from sgld_nrg.models import load_model
-from sgld_nrg.support import data
 from sgld_nrg.support.checkpoints import Checkpoint, load_checkpoint, output_folder
 from sgld_nrg.support.commands import command_line
+from sgld_nrg.support.data import Dataset
 from sgld_nrg.support.devices import pick_device
 from sgld_nrg.support.errors import UserError, exits_cleanly
 from sgld_nrg.support.log import git_commit, package_versions, report_files
+from sgld_nrg.support.origin import check_same_data, data_dir_of, dataset_of
 from sgld_nrg.support.parallel import Alone, processes
 from sgld_nrg.support.report import (
     class_conditional,
@@ -63,15 +64,15 @@ FEATURE_SEED = 1_000_003  # of the independent classifier: no training here uses
 def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
     """Measure everything and write the report; several ranks share out the sections."""
     checkpoint = load_checkpoint(args.checkpoint, "jem", device)
-    size = checkpoint["model_config"]["image_size"]
+    args.data_dir = data_dir_of(checkpoint, args.data_dir)
     with ranks.first_on_each_node():
-        dataset = data.load(checkpoint["dataset"], args.data_dir, size)
+        dataset = dataset_of(checkpoint, args)
     sizes = sizes_of.DRY_RUN if args.dry_run else sizes_of.QUICK if args.quick else sizes_of.FULL
     sizes = {**sizes, "bins": args.bins, "longest": args.longest_chain or sizes["longest"]}
     models = {"jem": load_model(checkpoint, device).eval()}
     path = Path(args.classifier or Path(args.checkpoint).with_name("classifier.pt"))
     if args.classifier or path.exists():
-        models["classifier"] = load_model(_classifier(path, dataset, device), device).eval()
+        models["classifier"] = load_model(_classifier(path, dataset, args), device).eval()
     with ranks.first_on_each_node():  # here, so that a mistake is told before anything is measured
         ood = detection.ood_sets(dataset, args, sizes["ood"], device)
     with output_folder(args, ranks) as folder:
@@ -95,19 +96,20 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
         report_files(args, [folder / name for name in ("report.md", "report.json")])
 
 
-def _classifier(path: Path, dataset: data.Dataset, device: torch.device) -> Checkpoint:
-    """Return the checkpoint of the classifier to compare with, of the same data set."""
-    found = load_checkpoint(path, "classifier", device)
+def _classifier(path: Path, dataset: Dataset, args: Namespace) -> Checkpoint:
+    """Return the checkpoint of the classifier to compare with, of the same data."""
+    found = load_checkpoint(path, "classifier")
     if found["dataset"] != dataset.name:
         raise UserError(
             f"{str(path)!r} was trained on {found['dataset']}, the JEM on {dataset.name}: "
             "name another --classifier"
         )
+    check_same_data(found, dataset, args, f"the classifier {path}")
     return found
 
 
 def feature_network(
-    dataset: data.Dataset, folder: Path, device: torch.device, ranks: Alone
+    dataset: Dataset, folder: Path, device: torch.device, ranks: Alone
 ) -> nn.Module:
     """Return the independent classifier whose features judge samples; trained if missing.
 
@@ -143,6 +145,7 @@ def protocol(study: Study, classifier: Path | None) -> dict[str, Any]:
     return {
         "command": command_line("python evaluate.py", study.args),
         "data_set": dataset.name,
+        "classes": list(dataset.classes),
         "checkpoint": str(study.args.checkpoint),
         "classifier": classifier and str(classifier),
         "seed": study.args.seed,

@@ -39,15 +39,17 @@ from sgld_nrg.models import (
     path_energy,
     predict,
 )
-from sgld_nrg.support import data, fast, plots
+from sgld_nrg.support import fast, plots
 from sgld_nrg.support.augment import add_noise
 from sgld_nrg.support.checkpoints import Checkpoint, langevin_from, load_checkpoint, output_folder
 from sgld_nrg.support.commands import CONDITIONS
 from sgld_nrg.support.devices import pick_device, pick_precision
 from sgld_nrg.support.errors import UserError, exits_cleanly
-from sgld_nrg.support.images import array_writer, load_images
+from sgld_nrg.support.images import AS_FOUND, Reading, open_pictures, read_all, reading_from
 from sgld_nrg.support.log import report_files
+from sgld_nrg.support.origin import class_names, dataset_of, named
 from sgld_nrg.support.parallel import Alone, nth_seed, processes
+from sgld_nrg.support.pixels import array_writer
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.restarts import restart_from_state
 
@@ -95,7 +97,9 @@ class Chains:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.shape = checkpoint["buffer"]["images"].shape[1:]
         self.pictures = self._pictures().to(device) if args.from_images else None
-        self.free = part_to_sample(args.inpaint, self.shape).to(device) if args.inpaint else None
+        self.free = None
+        if args.inpaint:
+            self.free = part_to_sample(args.inpaint, self.shape, reading_from(args)).to(device)
         self.slots = self._slots() if args.source == "buffer" else None
         self.frames: list[Tensor] = []
 
@@ -167,9 +171,11 @@ class Chains:
         """Return the pictures that --from-images names."""
         args = self.args
         if args.from_images != "test":
-            return load_images(args.from_images, self.shape, args.num)
-        dataset = data.load(self.checkpoint["dataset"], args.data_dir, self.shape[1])
-        return dataset.test.images[: args.num]
+            found = open_pictures(Path(args.from_images), reading_from(args))
+            count = min(args.num, len(found))
+            print(f"read {count} of {len(found)} pictures: {found.words}")
+            return read_all(found, range(count), self.shape)
+        return dataset_of(self.checkpoint, args).test.images[: args.num]
 
     def _run(
         self, x: Tensor, steps: int, condition: Tensor | None, watched: bool = False
@@ -220,7 +226,7 @@ class Chains:
         return slots
 
 
-def part_to_sample(part: str, shape: tuple[int, ...]) -> Tensor:
+def part_to_sample(part: str, shape: tuple[int, ...], reading: Reading = AS_FOUND) -> Tensor:
     """Return a mask (1, C, H, W), True for pixels to sample: of PARTS, or an image's white."""
     channels, height, width = shape
     everything = slice(None)
@@ -237,7 +243,7 @@ def part_to_sample(part: str, shape: tuple[int, ...]) -> Tensor:
     if part in PARTS:
         free[windows[part]] = True
     else:
-        free = load_images(part, (1, height, width), 1)[0, 0] > 0
+        free = read_all(open_pictures(Path(part), reading), [0], (1, height, width))[0, 0] > 0
     if not free.any() or free.all():
         raise UserError(
             f"--inpaint {part!r} leaves nothing to sample or nothing to hold: "
@@ -248,12 +254,11 @@ def part_to_sample(part: str, shape: tuple[int, ...]) -> Tensor:
 
 def check_against_checkpoint(args: Namespace, checkpoint: Checkpoint) -> None:
     """Complete the flags whose defaults depend on the checkpoint; UserError for what it lacks."""
-    num_classes = checkpoint["model_config"]["num_classes"]
+    args.class_names = class_names(checkpoint)
     for name in CONDITIONS:
-        if (classes := getattr(args, name)) and max(classes) >= num_classes:
+        if classes := getattr(args, name):
             flag = "--" + name.replace("_", "-")
-            last = num_classes - 1
-            raise UserError(f"{flag} {max(classes)}: the model has the classes 0 to {last}")
+            setattr(args, name, [_label_of(word, args.class_names, flag) for word in classes])
     if args.class_label and args.source == "buffer" and not checkpoint["conditional"]:
         raise UserError(
             "the chains of this replay buffer have no class (it was trained without "
@@ -266,6 +271,18 @@ def check_against_checkpoint(args: Namespace, checkpoint: Checkpoint) -> None:
     if args.dry_run:
         args.num = max(DRY_RUN["num"], len(args.class_label or ()))
         args.steps = min(DRY_RUN["steps"], args.steps)
+
+
+def _label_of(word: str, names: list[str], flag: str) -> int:
+    """Return the label of a class that is called by its name, or by its number if it has none."""
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < len(names) and not any(map(str.isdecimal, names)):
+        return int(word)
+    known = f"0 to {len(names) - 1}"
+    if named(names):
+        known = ", ".join(f"{label} {name}" for label, name in enumerate(names))
+    raise UserError(f"{flag} {word}: the model has the classes {known}")
 
 
 def grid_rows(
@@ -318,7 +335,9 @@ def draw(chains: Chains, args: Namespace) -> None:
         else:
             labels = torch.cat([block[2] for block in shown]) if args.class_label else None
             images, columns = grid_rows(images, labels, args.class_label)
-        plots.save_grid(images, written[0], columns)
+        names = args.class_names
+        rows = [names[label] for label in args.class_label or () if named(names)]
+        plots.save_grid(images, written[0], columns, rows)
         if args.animate:
             written.append(folder / f"{name_of(args)}.gif")
             side = math.ceil(math.sqrt(len(chains.frames[0])))

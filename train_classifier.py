@@ -30,6 +30,7 @@ from sgld_nrg.support.checkpoints import Checkpoint, load_for_all
 from sgld_nrg.support.data import Split
 from sgld_nrg.support.errors import UserError, exits_cleanly
 from sgld_nrg.support.log import report_files
+from sgld_nrg.support.origin import check_same_data
 from sgld_nrg.support.parser import plain
 from sgld_nrg.support.training import Setup, Training, model_config_from, set_up
 
@@ -84,6 +85,7 @@ def train(
                 "model": run.averaged_weights(),  # until an epoch has ended
                 **best,
                 "dataset": setup.dataset.name,
+                "origin": setup.dataset.origin,
                 "args": plain(args),
                 "finished": run.progress >= 1,
                 "training": run.state_dict(),
@@ -118,6 +120,7 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
             f"{found['model_config']}, and this run is for {name} with {wanted}: "
             "give the same --arch, --width and --depth, or another --classifier"
         )
+    check_same_data(found, setup.dataset, args, f"the classifier {path}")
     return found
 
 

@@ -327,6 +327,7 @@ def save(run: Training, buffer: ReplayBuffer, langevin: Langevin, healthy: Healt
         "model_config": run.model_config,
         "model": run.averaged_weights(),
         "dataset": run.dataset.name,
+        "origin": run.dataset.origin,
         "sgld": {"steps": run.args.steps, **langevin._asdict()},
         "restart": buffer.restart.state_dict(),
         "buffer": whole_state(buffer, run.ranks),

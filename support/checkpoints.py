@@ -33,6 +33,8 @@ NEEDED["jem"] = (*NEEDED["classifier"], "sgld", "restart", "buffer", "conditiona
 # Names of format 1 that changed, and a flag of it that is gone.
 FORMER_FLAGS = {"warmup_steps": "warmup_iterations", "save_steps": "save_iterations"}
 GONE_FLAGS = ("sam_rho",)
+# Flags that runs of earlier versions lack, with what those did.
+NEW_FLAGS = {"pixel_range": None, "channel_axis": None, "background": "white", "other_data": False}
 
 Checkpoint = dict[str, Any]
 
@@ -111,10 +113,13 @@ def open_checkpoint(path: Path, args: Namespace, ranks: Alone) -> Checkpoint | N
     for name in GONE_FLAGS:
         if saved.pop(name, None):
             raise _other_version(path, name, "with")
+    for name, value in NEW_FLAGS.items():
+        saved.setdefault(name, value)
     for name in sorted(plain(args)):
         if name not in saved:
             raise _other_version(path, name, "without")
     free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir", "tensorboard"}
+    free |= {"other_data"}
     length = {"epochs", "max_minutes"}
     free |= length if length & args.given else set()
     for name, value in saved.items():

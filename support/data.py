@@ -9,9 +9,9 @@ project and on [0, 1] in files that leave it.
 - mnist: 28x28, through torchvision; 5,000 of the 60,000 training images are for validation.
 - fashion-mnist, kmnist, emnist-letters, svhn, cifar10, cifar100: through torchvision; a tenth of
   the training images, 5,000 at most, is for validation.
-- folder: your own, a folder of image files for each class, below train/ and test/ or by themselves,
-  or an .npz file of images and labels; without test/ a sixth of each class is held out for the
-  test; a tenth of the rest is for validation.
+- folder: your own, a folder of image files for each class, below train/, val/ and test/ or by
+  themselves, or an .npz file of images and labels; without test/ a sixth of each class is held out
+  for the test, without val/ a tenth of the rest for validation.
 
 The splits are drawn once with a fixed seed, stratified by class: --seed does not move them, so that
 runs compare.
@@ -20,23 +20,19 @@ runs compare.
 from __future__ import annotations
 
 import functools
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sgld_nrg.support.errors import UserError, first_line
-from sgld_nrg.support.images import (
-    IMAGE_SUFFIXES,
-    array_file,
-    fit_shape,
-    from_bytes,
-    picture,
-    to_model,
-)
+from sgld_nrg.support.folders import Part, read_labelled
+from sgld_nrg.support.images import AS_FOUND, Reading
+from sgld_nrg.support.pixels import from_bytes, to_model
 
 SPLIT_SEED = 0
 # name: (class in torchvision.datasets, its arguments, those of the training and the test part)
@@ -65,10 +61,16 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set with its three splits; every image of it has the same square shape."""
+    """A data set with its three splits; every image of it has the same square shape.
+
+    classes: the names of the classes, in the order of their labels. origin: what a checkpoint keeps
+    of it: {"classes", "data_dir", "reading", "fingerprint": {split: what was in it}}.
+    """
 
     name: str
     num_classes: int
+    classes: tuple[str, ...]
+    origin: dict[str, Any]
     train: Split
     val: Split
     test: Split
@@ -79,18 +81,20 @@ class Dataset(NamedTuple):
         return tuple(self.train.images.shape[1:])
 
 
-def load(name: str, data_dir: str | Path, image_size: int | None = None) -> Dataset:
+def load(
+    name: str, data_dir: str | Path, image_size: int | None = None, reading: Reading = AS_FOUND
+) -> Dataset:
     """Load a data set by its name.
 
     name: "digits", "mnist", "folder" or a key of TORCHVISION but omniglot. data_dir: where files
-    lie or are downloaded to (mnist: MNIST/raw below it; folder: the folder itself). image_size:
-    side in pixels that a folder's images are resized to; None: they must have one size.
+    lie or are downloaded to (mnist: MNIST/raw below it; folder: the folder itself). image_size,
+    reading: of a folder's images; see folders.read_labelled.
     Raises UserError for an unknown name, for damaged files, and for a download that fails.
     """
-    loaders = {
+    loaders: dict[str, Callable[[], Dataset]] = {
         "digits": lambda: _load_digits(),
         "mnist": lambda: _load_mnist(data_dir),
-        "folder": lambda: _load_folder(Path(data_dir), image_size),
+        "folder": lambda: _load_folder(Path(data_dir), image_size, reading),
     }
     for other in TORCHVISION:
         if other != "omniglot":
@@ -100,7 +104,10 @@ def load(name: str, data_dir: str | Path, image_size: int | None = None) -> Data
     return loaders[name]()
 
 
-def split_off(split: Split, size: int) -> tuple[Split, Split]:
+Rows = TypeVar("Rows", Split, Part)
+
+
+def split_off(split: Rows, size: int) -> tuple[Rows, Rows]:
     """Hold out `size` images, stratified by class and always the same; returns (rest, held out)."""
     from sklearn.model_selection import train_test_split
 
@@ -110,8 +117,42 @@ def split_off(split: Split, size: int) -> tuple[Split, Split]:
         random_state=SPLIT_SEED,
         stratify=split.labels.numpy(),
     )
-    kept, held = (Split(split.images[rows], split.labels[rows]) for rows in (rest, held_out))
-    return kept, held
+
+    def chosen(rows: np.ndarray) -> Rows:
+        columns: Any = (each[rows] for each in split)
+        return type(split)(*columns)
+
+    return chosen(rest), chosen(held_out)
+
+
+def _dataset(
+    name: str,
+    classes: tuple[str, ...],
+    data_dir: str | Path,
+    parts: dict[str, Part],
+    reading: Reading = AS_FOUND,
+) -> Dataset:
+    """Return the data set of three parts, with their fingerprints."""
+    splits, fingerprint = [], {}
+    for split in ("train", "val", "test"):
+        part = parts[split]
+        bytes_ = part.images.dtype == torch.uint8
+        splits.append(Split(from_bytes(part.images) if bytes_ else part.images, part.labels))
+        # whatever the order of the pictures
+        each = np.sort(part.marks.astype(np.uint64) * 4096 + part.labels.numpy().astype(np.uint64))
+        fingerprint[split] = f"{len(part.labels)} images, {zlib.crc32(each.tobytes()):08x}"
+    where = str(Path(data_dir).resolve())
+    origin = {"classes": list(classes), "data_dir": where, "fingerprint": fingerprint}
+    origin["reading"] = reading._asdict()
+    return Dataset(name, len(classes), classes, origin, *splits)
+
+
+def _marks(images: np.ndarray) -> np.ndarray:
+    """Return a checksum of each image, (N,) uint32."""
+    return np.array([zlib.crc32(row) for row in np.ascontiguousarray(images)], np.uint32)
+
+
+DIGITS = tuple("0123456789")
 
 
 def _load_digits() -> Dataset:
@@ -119,18 +160,19 @@ def _load_digits() -> Dataset:
 
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16  # counts 0..16
-    train, test = split_off(Split(to_model(images), torch.tensor(bunch.target)), 360)
+    everything = Part(to_model(images), torch.tensor(bunch.target), _marks(bunch.images))
+    train, test = split_off(everything, 360)
     train, val = split_off(train, 180)
-    return Dataset("digits", 10, train, val, test)
+    return _dataset("digits", DIGITS, "", {"train": train, "val": val, "test": test})
 
 
 def _load_mnist(data_dir: str | Path) -> Dataset:
     train, val = split_off(_mnist_part(data_dir, train=True), 5000)
-    splits = (train, val, _mnist_part(data_dir, train=False))
-    return Dataset("mnist", 10, *(Split(from_bytes(part.images), part.labels) for part in splits))
+    parts = {"train": train, "val": val, "test": _mnist_part(data_dir, train=False)}
+    return _dataset("mnist", DIGITS, data_dir, parts)
 
 
-def _mnist_part(data_dir: str | Path, train: bool) -> Split:
+def _mnist_part(data_dir: str | Path, train: bool) -> Part:
     """Load MNIST's training or test images as bytes, downloading them if they are missing."""
     from torchvision.datasets import MNIST
 
@@ -156,32 +198,38 @@ def _mnist_part(data_dir: str | Path, train: bool) -> Split:
     every_class = part.targets.unique().tolist() == list(range(10))
     if part.data.shape != (count, 28, 28) or part.targets.shape != (count,) or not every_class:
         raise damaged
-    return Split(part.data.unsqueeze(1), part.targets)
+    return Part(part.data.unsqueeze(1), part.targets, _marks(part.data.numpy()))
 
 
 def _load_torchvision(name: str, data_dir: str | Path) -> Dataset:
-    train, test = (_torchvision_split(name, data_dir, part) for part in (True, False))
-    classes = train.labels.unique().tolist()
-    without_gaps = classes == list(range(len(classes)))
-    if not without_gaps or not set(test.labels.tolist()) <= set(classes):
+    (train, names), (test, _) = (_torchvision_split(name, data_dir, part) for part in (True, False))
+    labels = train.labels.unique().tolist()
+    without_gaps = labels == list(range(len(labels)))
+    if not without_gaps or not set(test.labels.tolist()) <= set(labels):
         raise UserError(
             f"the files of {name} under {str(data_dir)!r} are damaged: "
             "delete them there and run again"
         )
     train, val = split_off(train, min(len(train.labels) // 10, 5000))
-    return Dataset(name, len(classes), train, val, test)
+    classes = names if len(names) == len(labels) else tuple(map(str, labels))
+    return _dataset(name, classes, data_dir, {"train": train, "val": val, "test": test})
 
 
-def _torchvision_split(name: str, data_dir: str | Path, train: bool) -> Split:
+def _torchvision_split(
+    name: str, data_dir: str | Path, train: bool
+) -> tuple[Part, tuple[str, ...]]:
+    """Return a part as bytes, and the names of its classes if torchvision knows them."""
     part = torchvision_part(name, data_dir, download=True, train=train)
-    pixels = torch.tensor(raw_images(part))
+    raw = raw_images(part)
+    pixels = torch.tensor(raw)
     if pixels.ndim == 3:
         pixels = pixels.unsqueeze(1)
     elif pixels.shape[3] == 3:
         pixels = pixels.permute(0, 3, 1, 2)
     labels = torch.as_tensor(np.asarray(part.labels if name == "svhn" else part.targets)).long()
     first = 1 if name == "emnist-letters" else 0
-    return Split(from_bytes(pixels), labels - first)
+    names = tuple(getattr(part, "classes", ()))[first:]
+    return Part(pixels, labels - first, _marks(raw)), names
 
 
 def torchvision_part(name: str, data_dir: str | Path, download: bool, train: bool = False) -> Any:
@@ -208,113 +256,30 @@ def raw_images(part: Any) -> np.ndarray:
     return images.transpose(0, 2, 1) if turned else images
 
 
-def _load_folder(root: Path, image_size: int | None) -> Dataset:
-    if root.suffix == ".npz":
-        splits = [_labelled_arrays(root, image_size)]
-    else:
-        splits = _class_folders(root, image_size)
-    train, test = splits if len(splits) == 2 else _hold_out(splits[0], 6, root)
-    train, val = _hold_out(train, 10, root)
-    count = len(splits[0].labels.unique())
-    if train.labels.bincount(minlength=count).min() < 2:
+def _load_folder(root: Path, image_size: int | None, reading: Reading) -> Dataset:
+    classes, parts = read_labelled(root, image_size, reading)
+    train = parts.get("train", parts.get(""))
+    assert train is not None
+    test, val = parts.get("test"), parts.get("val")
+    if test is None:
+        train, test = _hold_out(train, 6, root)
+    if val is None:
+        train, val = _hold_out(train, 10, root)
+    fewest = train.labels.bincount(minlength=len(classes))
+    if fewest.min() < 2:
         raise UserError(
-            f"a class under {str(root)!r} keeps fewer than two training images: "
-            "add images, or remove the class"
+            f"class {classes[int(fewest.argmin())]!r} under {str(root)!r} keeps fewer than two "
+            "training images: add images, or remove the class"
         )
-    return Dataset("folder", count, train, val, test)
+    parts = {"train": train, "val": val, "test": test}
+    return _dataset("folder", classes, root, parts, reading)
 
 
-def _hold_out(split: Split, share: int, root: Path) -> tuple[Split, Split]:
+def _hold_out(part: Part, share: int, root: Path) -> tuple[Part, Part]:
     """Hold out one of `share` images. Raises UserError if classes are too small for it."""
     try:
-        return split_off(split, max(len(split.labels) // share, len(split.labels.unique())))
+        return split_off(part, max(len(part.labels) // share, len(part.labels.unique())))
     except ValueError as error:
         raise UserError(
             f"the classes under {str(root)!r} are too small to hold images out of each: add images"
         ) from error
-
-
-def _labelled_arrays(path: Path, image_size: int | None) -> Split:
-    """Return the images and labels of an .npz as one split."""
-    images = array_file(path)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            labels = arrays["labels"]
-    except (KeyError, ValueError):  # none there, or Python objects
-        labels = np.zeros(0)
-    classes = np.unique(labels).tolist() if labels.dtype.kind in "ui" else []
-    gaps = len(classes) < 2 or classes != list(range(len(classes)))
-    if labels.shape != (len(images),) or gaps:
-        raise UserError(
-            f"{str(path)!r} must hold 'labels', a whole number from 0 up for each of its "
-            f"{len(images)} images, without gaps and of two classes at least"
-        )
-    channels_last = images.ndim == 4 and images.shape[1] not in (1, 3)
-    *channels, height, width = images.shape[3:0:-1] if channels_last else images.shape[1:]
-    if height != width and not image_size:
-        raise UserError(
-            f"the images in {str(path)!r} are not square ({width}x{height}): "
-            "give one size with --image-size"
-        )
-    shape = (3 if channels == [3] else 1, image_size or height, image_size or width)
-    return Split(fit_shape(list(images), shape)[0], torch.from_numpy(labels.astype(np.int64)))
-
-
-def _class_folders(root: Path, image_size: int | None) -> list[Split]:
-    """Return the images below train/ and test/, or below the folder itself: two splits or one."""
-    parts = [root]
-    if (root / "train").is_dir():
-        parts = [root / name for name in ("train", "test") if (root / name).is_dir()]
-    found = [_class_files(part) for part in parts]
-    classes = sorted(found[0])
-    if len(classes) < 2:
-        raise UserError(
-            f"{str(parts[0])!r} has {len(classes)} class folders with images: "
-            "two at least, one folder for each class"
-        )
-    if strange := sorted(set(found[-1]) - set(classes)):
-        raise UserError(
-            f"{str(parts[-1])!r} has classes that are not in train/: {', '.join(strange)}; "
-            "rename or remove them"
-        )
-    pictures = [
-        [picture(path) for name in classes for path in part.get(name, [])] for part in found
-    ]
-    labels = [
-        torch.tensor([index for index, name in enumerate(classes) for _ in part.get(name, [])])
-        for part in found
-    ]
-    sizes = {each.size for part in pictures for each in part}
-    if image_size:
-        size, smooth = (image_size, image_size), Image.Resampling.BILINEAR
-        pictures = [[each.resize(size, smooth) for each in part] for part in pictures]
-    elif len(sizes) > 1 or any(width != height for width, height in sizes):
-        shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:4])
-        raise UserError(
-            f"the images under {str(root)!r} are not of one square size ({shown}): "
-            "give one with --image-size"
-        )
-    colour = any(each.mode == "RGB" for part in pictures for each in part)
-    splits = []
-    for part, classes_of in zip(pictures, labels, strict=True):
-        arrays = [np.asarray(each.convert("RGB" if colour else "L")) for each in part]
-        pixels = torch.from_numpy(np.stack(arrays))
-        pixels = pixels.permute(0, 3, 1, 2) if colour else pixels.unsqueeze(1)
-        splits.append(Split(from_bytes(pixels), classes_of))
-    return splits
-
-
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """Return {class: [image files]} of a folder's subfolders, those without images left out."""
-    try:
-        below = sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError as error:
-        raise UserError(
-            f"cannot read {str(folder)!r} ({error.strerror}): "
-            "name your folder of images with --data-dir"
-        ) from error
-    files = {
-        path.name: sorted(each for each in path.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES)
-        for path in below
-    }
-    return {name: paths for name, paths in files.items() if paths}

@@ -29,6 +29,9 @@ DATA_DIR = flag(
     "images for each class, or your .npz of images and labels; SGLD_NRG_DATA sets the default",
     os.environ.get("SGLD_NRG_DATA", "data"),
 )
+CHECKPOINT_DATA_DIR = flag(
+    "--data-dir", str, "folder of data sets, or your own data; default: the checkpoint's own"
+)
 CHECKPOINT = flag(
     "--checkpoint", str, "checkpoint of a JEM; the default ships with the project", metavar="FILE"
 )
@@ -63,6 +66,25 @@ OUTPUT = (
     flag("--dry-run", bool, "go through everything in a few iterations and keep no file"),
 )
 
+# How pictures are read when what they hold leaves it open; images.Reading.
+READING = (
+    flag(
+        "--pixel-range",
+        float,
+        "black and white of an array's or a floating-point picture's numbers, if they are unclear",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    ),
+    flag("--channel-axis", str, "channels of an array, if unclear", choices=("first", "last")),
+    flag(
+        "--background",
+        str,
+        "what transparent pixels are laid over",
+        "white",
+        choices=("white", "black"),
+    ),
+)
+OTHER_DATA = flag("--other-data", bool, "go on with data that the checkpoint was not trained on")
 DATA: Group = (
     "data",
     (
@@ -70,6 +92,7 @@ DATA: Group = (
         flag("--preset", str, "defaults of the other flags, not the data set's", choices=PRESETS),
         DATA_DIR,
         flag("--image-size", positive_int, "of --dataset folder: side that images are resized to"),
+        *READING,
     ),
 )
 MODEL: Group = (
@@ -187,6 +210,7 @@ BUFFER: Group = (
 )
 RUN = (
     *OUTPUT,
+    OTHER_DATA,
     flag("--save-minutes", positive, "minutes between checkpoints besides each epoch's", 1.0),
     flag("--save-iterations", positive_int, "iterations between checkpoints, besides minutes"),
     flag("--tensorboard", bool, "also write scalars, grids and histograms for TensorBoard"),
@@ -243,17 +267,17 @@ STARTS: Group = (
         ),
     ),
 )
-CLASSES = {"nargs": "+", "metavar": "Y"}
+CLASSES = {"nargs": "+", "metavar": "CLASS"}
 ENERGY: Group = (
     "energy",
     (
         Either(
             (
-                flag("--class-label", count, "chains on E(x, y), each class in one row", **CLASSES),
-                flag("--mixture", count, "chains on -log sum_y exp f(x)[y] over these", **CLASSES),
+                flag("--class-label", str, "chains on E(x, y), each class in one row", **CLASSES),
+                flag("--mixture", str, "chains on -log sum_y exp f(x)[y] over these", **CLASSES),
                 flag(
                     "--interpolate",
-                    count,
+                    str,
                     "chains on E(x, Y) whose energy then turns into E(x, Z), one in each row",
                     nargs=2,
                     metavar=("Y", "Z"),
@@ -289,7 +313,9 @@ PICTURES = (
     ),
 )
 OOD = (
-    DATA_DIR,
+    CHECKPOINT_DATA_DIR,
+    OTHER_DATA,
+    *READING,
     flag(
         "--ood",
         str,
@@ -334,7 +360,7 @@ TRAIN_JEM = (
     ("output", (*RUN, *GUARD)),
 )
 SAMPLE = (
-    ("data", (DATA_DIR,)),
+    ("data", (CHECKPOINT_DATA_DIR, OTHER_DATA, *READING)),
     ("model", (CHECKPOINT, PRECISION)),
     STARTS,
     ENERGY,

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sgld_nrg.support import checkpoints, plots
-from sgld_nrg.support.images import to_unit
 from sgld_nrg.support.log import MetricsLog, open_board, read_metrics, write_config
 from sgld_nrg.support.parallel import Alone
+from sgld_nrg.support.pixels import to_unit
 
 GRID_CHAINS = 64
 SECONDS_BETWEEN_CURVES = 20  # drawing takes half a second

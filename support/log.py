@@ -75,7 +75,7 @@ class MetricsLog:
         self.path = path
         if not self.ranks.first:
             return
-        rows = []
+        rows: list[dict[str, str]] = []
         if self.path.exists() and self.path.stat().st_size:
             try:
                 columns, rows = _columns_and_rows(self.path)

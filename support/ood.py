@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sgld_nrg.support.data import TORCHVISION, raw_images, torchvision_part
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.images import Pictures, fit_shape, stored_images
+from sgld_nrg.support.images import (
+    AS_FOUND,
+    ArrayPictures,
+    Pictures,
+    Reading,
+    open_pictures,
+    read_all,
+)
 
 
 def _uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -54,31 +62,36 @@ def load_ood(
     limit: int,
     generator: torch.Generator,
     download: bool = False,
+    reading: Reading = AS_FOUND,
 ) -> tuple[Tensor, str]:
     """Load an out-of-distribution set in the shape of a test set's images.
 
     name: a key of GENERATED (made from `images`), a key of TORCHVISION (test part, looked for under
     data_dir), or the path of an .npz or .npy file of images or of a folder of image files. images:
     (N, C, H, W) float, pixels in [-1, 1], of the test set. limit: images at most, drawn at random.
-    download: fetch a missing torchvision set.
-    Returns images (n, C, H, W) float in [-1, 1] and what was done to them in words. Raises
-    UserError if the name means nothing, the data cannot be read, or a torchvision set is missing.
+    download: fetch a missing torchvision set. reading: of a path.
+    Returns images (n, C, H, W) float in [-1, 1] and what was found in words. Raises UserError if
+    the name means nothing, the data cannot be read, or a torchvision set is missing.
     """
     if name in GENERATED:
         made = GENERATED[name](images, generator)
         chosen = torch.randperm(len(made), generator=generator)[:limit]
         return made[chosen].contiguous(), "made from the test images' shape"
+    found: Pictures
     if name in TORCHVISION:
         part = torchvision_part(name, data_dir, download)
-        pictures: Pictures = (
-            [part[index][0] for index in range(len(part))]
-            if name == "omniglot"
-            else raw_images(part)
-        )
+        if name == "omniglot":
+            raw = np.stack([np.asarray(part[index][0]) for index in range(len(part))])
+        else:
+            raw = raw_images(part)
+        axis = "last" if raw.ndim == 4 and raw.shape[3] == 3 else "first"
+        whole = (0, 255) if raw.dtype == np.uint8 else None
+        found = ArrayPictures(Path(name), raw, Reading(whole, axis))
     elif Path(name).exists():
-        pictures = stored_images(Path(name))
+        found = open_pictures(Path(name), reading)
     else:
         known = ", ".join([*GENERATED, *TORCHVISION])
         raise UserError(f"--ood {name!r} is neither a file, nor a folder, nor one of {known}")
-    drawn = torch.randperm(len(pictures), generator=generator)[:limit].sort().values.tolist()
-    return fit_shape([pictures[index] for index in drawn], images.shape[1:])
+    drawn = torch.randperm(len(found), generator=generator)[:limit].sort().values.tolist()
+    shape = images.shape[1:]
+    return read_all(found, drawn, shape), f"{found.words}, as {'x'.join(map(str, shape))}"

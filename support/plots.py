@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from sgld_nrg.support.images import to_unit
+from sgld_nrg.support.pixels import to_unit
 
 DATA_COLOUR, CHAIN_COLOUR, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -47,9 +47,14 @@ CURVES = (
 )
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Write images (N, C, H, W), pixels in [-1, 1], as a PNG grid; each of 28 pixels at least."""
+def save_grid(images: Tensor, path: Path, columns: int = 8, names: Sequence[str] = ()) -> None:
+    """Write images (N, C, H, W), pixels in [-1, 1], as a PNG grid; each of 28 pixels at least.
+
+    names: of the rows, one below each, or none.
+    """
     picture = _grid(images, columns)
+    if names:
+        picture = _with_names(picture, names)
     _replace(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
@@ -67,6 +72,18 @@ def _grid(images: Tensor, columns: int) -> Image.Image:
     unit = to_unit(images.float().cpu())
     enlarged = interpolate(unit, scale_factor=scale, mode="nearest")
     return to_pil_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5))
+
+
+def _with_names(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    """Return a grid with the name of each row below it."""
+    height, strip = picture.height // len(names), 12
+    told = Image.new("RGB", (picture.width, picture.height + strip * len(names)), "white")
+    for row, name in enumerate(names):
+        top = row * height
+        part = picture.crop((0, top, picture.width, top + height))
+        told.paste(part, (0, top + row * strip))
+        ImageDraw.Draw(told).text((2, top + height + row * strip), name, fill="black", font_size=10)
+    return told
 
 
 def save_curves(rows: list[dict[str, str]], path: Path) -> None:
@@ -123,7 +140,7 @@ def save_reliability(classification: dict[str, Any], path: Path) -> None:
     finish(figure, path)
 
 
-def save_confusion(matrix: list[list[int]], path: Path) -> None:
+def save_confusion(matrix: list[list[int]], classes: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix (K rows of true classes) with its numbers, mistakes shaded."""
     figure, axes = panels_of(1, 1, 4.6, 4.2)
     axis, counts = axes[0, 0], np.array(matrix)
@@ -131,7 +148,9 @@ def save_confusion(matrix: list[list[int]], path: Path) -> None:
     for (row, column), count in np.ndenumerate(counts):
         axis.text(column, row, count or "", ha="center", va="center", fontsize=7)
     ticks = range(len(matrix))
-    axis.set(xlabel="predicted class", ylabel="true class", xticks=ticks, yticks=ticks)
+    axis.set_xticks(ticks, classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+    axis.set_yticks(ticks, classes)
+    axis.set(xlabel="predicted class", ylabel="true class")
     axis.set(title="jem, test images")
     finish(figure, path)
 

@@ -21,7 +21,9 @@ from sgld_nrg.support.data import Dataset, load
 from sgld_nrg.support.devices import pick_device, pick_precision
 from sgld_nrg.support.errors import Stopped, UserError
 from sgld_nrg.support.guard import remedied
+from sgld_nrg.support.images import reading_from
 from sgld_nrg.support.journal import Journal
+from sgld_nrg.support.origin import check_same_data, data_dir_of
 from sgld_nrg.support.parallel import Alone, nth_seed, processes
 from sgld_nrg.support.schedule import Budget, MovingAverage, epoch_order, learning_rate
 from sgld_nrg.support.signals import Signals
@@ -56,8 +58,12 @@ def set_up(args: Namespace, phase: str) -> Iterator[tuple[Setup, Checkpoint | No
         if phase == "jem":
             drawn = ranks.share(args.chain_batch_size, "--chain-batch-size")
             check_draws(args, drawn, ranks.count)
+        if resumed and "data_dir" not in args.given:
+            args.data_dir = data_dir_of(resumed, None)
         with ranks.first_on_each_node():
-            dataset = load(args.dataset, args.data_dir, args.image_size)
+            dataset = load(args.dataset, args.data_dir, args.image_size, reading_from(args))
+        if resumed:
+            check_same_data(resumed, dataset, args, "the run")
         print(describe_settings(args), flush=True)
         yield Setup(dataset, folder, device, ranks), resumed
 

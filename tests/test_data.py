@@ -16,7 +16,7 @@ from sgld_nrg.support import data, plots
 from sgld_nrg.support.augment import augment
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.flags import DATASETS
-from sgld_nrg.support.images import to_model, to_unit
+from sgld_nrg.support.pixels import to_model, to_unit
 
 MNIST = Path(os.environ.get("SGLD_NRG_DATA", "data")) / "MNIST" / "raw"
 needs_mnist = pytest.mark.skipif(
@@ -86,7 +86,7 @@ def test_digits_are_split_without_overlap_and_with_every_class(digits):
 def test_the_split_is_the_same_whatever_the_random_state(digits):
     torch.manual_seed(123)
     again = data.load("digits", "unused")
-    for mine, other in zip(digits[2:], again[2:], strict=True):
+    for mine, other in zip(digits[-3:], again[-3:], strict=True):
         assert torch.equal(mine.images, other.images) and torch.equal(mine.labels, other.labels)
 
 
@@ -99,7 +99,7 @@ def test_every_data_set_of_the_command_line_has_a_loader():
 @needs_mnist
 def test_mnist_has_its_published_sizes_and_a_validation_split():
     mnist = data.load("mnist", MNIST.parent.parent)
-    assert [len(split.labels) for split in mnist[2:]] == [55000, 5000, 10000]
+    assert [len(split.labels) for split in mnist[-3:]] == [55000, 5000, 10000]
     assert mnist.shape == (1, 28, 28)
     # the known mean of the test set's pixels
     assert abs(to_unit(mnist.test.images).mean() - 0.1325) < 0.001
@@ -140,8 +140,8 @@ def test_a_folder_for_each_class_is_a_data_set(tmp_path):
     write_folder(tmp_path / "mine", {"ant": 30, "bee": 60, "çapybara": 90})
     dataset = data.load("folder", tmp_path / "mine")
     assert dataset.num_classes == 3 and dataset.shape == (1, 8, 8)
-    assert [len(split.labels) for split in dataset[2:]] == [135, 15, 30]
-    for split in dataset[2:]:
+    assert [len(split.labels) for split in dataset[-3:]] == [135, 15, 30]
+    for split in dataset[-3:]:
         greys = (to_unit(split.images[:, 0, 0, 0]) * 255).round().long()
         assert torch.equal(greys - 1, split.labels)
         shares = 6 * split.labels.bincount() / len(split.labels)
@@ -155,7 +155,7 @@ def test_a_folder_with_train_and_test_keeps_them_apart_and_colour_stays(tmp_path
     write_folder(tmp_path / "test", {"a": 3, "b": 5}, mode="RGB")
     dataset = data.load("folder", tmp_path)
     assert dataset.shape == (3, 8, 8) and dataset.test.labels.tolist() == [0] * 3 + [1] * 5
-    assert [len(split.labels) for split in dataset[2:]] == [72, 8, 8]
+    assert [len(split.labels) for split in dataset[-3:]] == [72, 8, 8]
 
 
 def test_a_folder_of_unequal_images_is_resized_on_request(tmp_path):
@@ -176,7 +176,7 @@ def test_a_file_of_images_and_labels_is_a_data_set(tmp_path, shape):
     np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(120, dtype=np.uint8) % 3)
     dataset = data.load("folder", tmp_path / "mine.npz")
     assert dataset.num_classes == 3 and dataset.shape == (3 if 3 in shape else 1, 8, 8)
-    assert [len(split.labels) for split in dataset[2:]] == [90, 10, 20]
+    assert [len(split.labels) for split in dataset[-3:]] == [90, 10, 20]
     stored = torch.from_numpy(images).float() / 127.5 - 1
     if len(shape) == 2:
         stored = stored.unsqueeze(1)
@@ -237,7 +237,7 @@ def test_mnists_kin_are_read_with_their_labels_and_the_right_way_up(tmp_path, na
         write_idx(tmp_path / folder / "raw", stem, stored, labels)
     dataset = data.load(name, tmp_path)
     assert (dataset.num_classes, dataset.shape) == (10, (1, 28, 28))
-    assert [len(split.labels) for split in dataset[2:]] == [180, 20, 200]
+    assert [len(split.labels) for split in dataset[-3:]] == [180, 20, 200]
     assert dataset.test.labels.tolist() == [number % 10 for number in range(200)]
     assert dataset.test.images[:, :, :7].min() == 1 and dataset.test.images[:, :, 7:].max() == -1
 

@@ -9,6 +9,7 @@ import torch
 
 from sgld_nrg.models import predict
 from sgld_nrg.support import metrics, plots
+from sgld_nrg.support.origin import named
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.study import Study, extend, starts
 from sgld_nrg.support.report.words import interval, percent
@@ -25,7 +26,9 @@ def measure(study: Study) -> dict[str, Any]:
     rows = [x[labels == label][:10] for label in range(study.dataset.num_classes)]
     columns = min(map(len, rows))
     grid = torch.cat([row[:columns] for row in rows])
-    plots.save_grid(grid, study.folder / "class-conditional.png", columns=columns)
+    classes = study.dataset.classes
+    names = classes if named(classes) else ()
+    plots.save_grid(grid, study.folder / "class-conditional.png", columns, names)
     return {
         "chains": len(labels),
         "steps": FRESH_STEPS,

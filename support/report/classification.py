@@ -42,7 +42,8 @@ def measure(study: Study) -> dict[str, Any]:
             "intervals": dict(zip((*SCORES, *CALIBRATION), intervals, strict=True)),
         }
     plots.save_reliability(found, study.folder / "reliability.png")
-    plots.save_confusion(found["jem"]["confusion"], study.folder / "confusion.png")
+    path, classes = study.folder / "confusion.png", study.dataset.classes
+    plots.save_confusion(found["jem"]["confusion"], classes, path)
     return found
 
 

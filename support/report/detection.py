@@ -15,6 +15,7 @@ from sgld_nrg.sgld import energy_and_gradient
 from sgld_nrg.support import metrics, ood, plots
 from sgld_nrg.support.data import TORCHVISION, Dataset
 from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.images import reading_from
 from sgld_nrg.support.report.study import PRECISION, Study
 from sgld_nrg.support.report.words import interval, table
 
@@ -32,18 +33,28 @@ def ood_sets(
     """
     sets, described, skipped = {}, {}, []
     known = [*ood.GENERATED, *TORCHVISION]
-    for name in args.ood or [name for name in known if name != dataset.name]:
+    names = args.ood or [name for name in known if name != dataset.name]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--ood names {twice[0]!r} twice")
+    stems = [name if name in known else Path(name).stem for name in names]
+    for name, stem in zip(names, stems, strict=True):
         generator = torch.Generator().manual_seed(args.seed)
         try:
             images, done = ood.load_ood(
-                name, dataset.test.images, args.data_dir, limit, generator, args.download
+                name,
+                dataset.test.images,
+                args.data_dir,
+                limit,
+                generator,
+                args.download,
+                reading_from(args),
             )
         except UserError as error:
             if args.ood:
                 raise
             skipped.append(str(error))
             continue
-        label = name if name in known else Path(name).stem
+        label = stem if stems.count(stem) == 1 else name  # of two files of one name, the paths
         sets[label], described[label] = images.to(device), f"{len(images)} images, {done}"
     return sets, described, skipped
 
