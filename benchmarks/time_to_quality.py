@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from sgld_nrg.evaluate import feature_network
 from sgld_nrg.models import load_model, marginal_energy, predict
-from sgld_nrg.support import flags, metrics, plots
+from sgld_nrg.support import flags, metrics, plots, sample_metrics
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.data import Dataset, load
 from sgld_nrg.support.devices import pick_device
@@ -175,7 +175,7 @@ def judge(
         else:
             images = fresh_chains(checkpoint, model, count, steps, generator)
         as_many = features_of(network, train_images[: len(images)])
-        floor = metrics.frechet_distance(as_many, reference)
+        floor = sample_metrics.frechet_distance(as_many, reference)
         features = features_of(network, images)
         found = compare(network, features, reference, floor, dataset.num_classes)
         row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]

@@ -1,4 +1,4 @@
-"""Scores of a classifier, of an out-of-distribution score, of drawn images and of chains.
+"""Scores of a classifier and of an out-of-distribution score, and their intervals.
 
 Pure functions: each takes tensors, arrays or lists, computes in float64 and returns what json can
 write. What is empty or misshapen is refused with a ValueError that names it, what is not finite
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 Values = Tensor | ArrayLike
 
 
-def _finite(values: Values, name: str, dimensions: int | None = None) -> Tensor:
+def finite(values: Values, name: str, dimensions: int | None = None) -> Tensor:
     """Return values as a detached tensor of so many dimensions (None: any), or an error."""
     values = torch.as_tensor(values).detach()
     if values.numel() == 0 or values.dim() != (dimensions or values.dim()):
@@ -34,9 +34,9 @@ def _finite(values: Values, name: str, dimensions: int | None = None) -> Tensor:
     return values
 
 
-def _labels(labels: Values, num_classes: int) -> Tensor:
+def labels_of(labels: Values, num_classes: int) -> Tensor:
     """Return labels as an int64 tensor (N,) on the CPU; ValueError unless in 0..num_classes-1."""
-    labels = _finite(labels, "labels", 1).cpu()
+    labels = finite(labels, "labels", 1).cpu()
     outside = labels.min() < 0 or labels.max() >= num_classes
     if num_classes < 2 or labels.is_floating_point() or outside:
         raise ValueError(f"labels must be integers in 0..{num_classes - 1}, of 2 or more classes")
@@ -45,22 +45,12 @@ def _labels(labels: Values, num_classes: int) -> Tensor:
 
 def _logits_and_labels(logits: Values, labels: Values) -> tuple[Tensor, Tensor]:
     """Return float64 logits (N, K), K >= 2, and int64 labels (N,) on the CPU, or ValueError."""
-    logits = _finite(logits, "logits", 2).cpu().double()
-    labels = _labels(labels, logits.shape[1])
+    logits = finite(logits, "logits", 2).cpu().double()
+    labels = labels_of(labels, logits.shape[1])
     if len(labels) != len(logits):
         shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"logits must be (N, K) and labels (N,); got {shapes}")
     return logits, labels
-
-
-def _two_feature_sets(first: Values, second: Values, least: int) -> tuple[Tensor, Tensor]:
-    """Return two (N, D) tensors as float64 about their pooled mean, which spares digits."""
-    first, second = (_finite(features, "features", 2).double() for features in (first, second))
-    if first.shape[1] != second.shape[1] or min(len(first), len(second)) < least:
-        shapes = f"{tuple(first.shape)}, {tuple(second.shape)}"
-        raise ValueError(f"features need one width and {least} or more rows: {shapes}")
-    centre = torch.cat([first, second]).mean(0)
-    return first - centre, second - centre
 
 
 def classification(logits: Values, labels: Values) -> dict[str, Any]:
@@ -193,8 +183,8 @@ def detection(scores_in: Values, scores_out: Values, name: str = "score") -> dic
     >>> detection([1.0, 2.0, 3.0, 4.0], [3.5, 8.0])["auroc"]
     0.875
     """
-    inside = _finite(scores_in, f"{name} in distribution", 1).cpu().double().numpy()
-    outside = _finite(scores_out, f"{name} out of distribution", 1).cpu().double().numpy()
+    inside = finite(scores_in, f"{name} in distribution", 1).cpu().double().numpy()
+    outside = finite(scores_out, f"{name} out of distribution", 1).cpu().double().numpy()
     thresholds, ties = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     parts = np.split(ties, [len(inside)])
     # at each threshold, the highest first
@@ -230,8 +220,9 @@ def bootstrap(
     paired lengths differ.
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
-    finite = [_finite(x, f"array {i} of the bootstrap").cpu().numpy() for i, x in enumerate(arrays)]
-    lengths = [len(array) for array in finite]
+    named = ((x, f"array {i} of the bootstrap") for i, x in enumerate(arrays))
+    checked = [finite(x, name).cpu().numpy() for x, name in named]
+    lengths = [len(array) for array in checked]
     if resamples < 2 or not lengths or (paired and len(set(lengths)) > 1):
         raise ValueError(
             "need 2 or more resamples and, paired, arrays of one length; "
@@ -243,142 +234,7 @@ def bootstrap(
         sizes = lengths[:1] if paired else lengths
         rows = [generator.integers(length, size=length) for length in sizes]
         if paired:
-            rows = rows * len(finite)
-        values.append(statistic(*(array[i] for array, i in zip(finite, rows, strict=True))))
-    found = _finite(np.array(values), "the bootstrapped statistic").numpy()
+            rows = rows * len(checked)
+        values.append(statistic(*(array[i] for array, i in zip(checked, rows, strict=True))))
+    found = finite(np.array(values), "the bootstrapped statistic").numpy()
     return np.quantile(found, [0.025, 0.975], axis=0).T.tolist()
-
-
-def frechet_distance(features_a: Values, features_b: Values) -> float:
-    """Return the Fréchet distance of Gaussians fitted to two sets of features, in squared units.
-
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S over N - 1; >= 0, what rounding puts below
-    is 0. Comparable for one feature network and N only, being biased upwards at small N.
-    features_a: (N, D), features_b: (M, D) float, N and M >= 2. Raises ValueError for others.
-    Source: Heusel et al. 2017, arXiv 1706.08500.
-
-    >>> features = torch.randn(100, 3)
-    >>> round(frechet_distance(features, features + 2), 3)  # 2 in each of three directions
-    12.0
-    """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    first, second = (part.cpu() for part in _two_feature_sets(features_a, features_b, least=2))
-    network: Any = nn.Identity()
-    network.num_features = first.shape[1]  # else torchmetrics sends a random image to see the width
-    distance: Any = FrechetInceptionDistance(feature=network, sync_on_compute=False)
-    distance.set_dtype(torch.float64)
-    distance.update(first, real=True)
-    distance.update(second, real=False)
-    return max(distance.compute().item(), 0.0)
-
-
-def precision_recall(
-    features_real: Values, features_fake: Values, k: int = 3, chunk: int = 1000
-) -> dict[str, float]:
-    """Return the share of fakes on the manifold of the real, precision, and the reverse, recall.
-
-    A point is on a set's manifold if it is as near to some member as that member's k-th nearest
-    other member: precision = mean over fakes of [exists r: |fake - r| <= radius_k(r)].
-    features_real: (N, D), features_fake: (M, D) float, N and M > k >= 1. chunk: rows of distances
-    held at once. Returns {"precision": 0..1, "recall": 0..1}. Raises ValueError for other features
-    or k. Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
-    """
-    if k < 1:
-        raise ValueError(f"k must be 1 or more; got {k}")
-    real, fake = _two_feature_sets(features_real, features_fake, least=k + 1)
-    slack = 1e-6 * torch.cat([real, fake]).norm(dim=1).max()  # the matmul in cdist leaves 1e-7
-
-    def share(points: Tensor, members: Tensor) -> float:
-        near = [
-            torch.cdist(part, members).topk(k + 1, largest=False).values
-            for part in members.split(chunk)
-        ]
-        radii = torch.cat(near)[:, -1] + slack  # the nearest of the k + 1 is the member itself
-        covered = [(torch.cdist(part, members) <= radii).any(1) for part in points.split(chunk)]
-        return torch.cat(covered).double().mean().item()
-
-    return {"precision": share(fake, real), "recall": share(real, fake)}
-
-
-def class_histogram(labels: Values, num_classes: int) -> dict[str, Any]:
-    """Count the classes of samples, with the entropy H / ln K: 0 for one class, 1 for all alike.
-
-    labels: (N,) int in 0..K-1; num_classes: K >= 2. Raises ValueError for others.
-    Returns {"counts": K ints, "entropy": 0..1}.
-    """
-    counts = torch.bincount(_labels(labels, num_classes), minlength=num_classes)
-    entropy = torch.special.entr(counts.double() / counts.sum()).sum() / np.log(num_classes)
-    return {"counts": counts.tolist(), "entropy": min(entropy.item(), 1.0)}
-
-
-def nearest(images: Values, pool: Values, chunk: int = 500) -> tuple[list[float], list[int]]:
-    """Find each image's nearest pool image: its L2 distance, in units of the pixels, and its index.
-
-    In each block of the pool a float64 distance by matmul proposes four candidates and their exact
-    distances decide, so a copy is at distance 0. Among equals any may be named.
-    images: (N, ...), pool: (M, ...), each image of one shape. chunk: images in a block; the pool's
-    are ten times that. Returns N distances >= 0 and N indices in 0..M-1. Raises ValueError for
-    other shapes.
-    """
-    images, pool = _finite(images, "images"), _finite(pool, "pool")
-    if images.dim() < 2 or images.shape[1:] != pool.shape[1:]:
-        shapes = f"{tuple(images.shape)}, {tuple(pool.shape)}"
-        raise ValueError(f"images and pool must hold images of one shape; got {shapes}")
-    distances: list[float] = []
-    indices: list[int] = []
-    for part in images.flatten(1).split(chunk):
-        part, found = part.double(), []
-        for number, block in enumerate(pool.flatten(1).split(10 * chunk)):
-            block = block.to(part)
-            near = torch.cdist(part, block).topk(min(4, len(block)), largest=False).indices
-            exact, which = (part[:, None] - block[near]).norm(dim=2).min(1)  # (rows, 4) to (rows,)
-            place = near.gather(1, which[:, None]).squeeze(1) + number * 10 * chunk
-            found.append((exact, place))
-        exact, places = (torch.stack(column) for column in zip(*found, strict=True))
-        closest, best = exact.min(0)  # (blocks, rows) to (rows,)
-        distances += closest.tolist()
-        indices += places.gather(0, best[None]).squeeze(0).tolist()
-    return distances, indices
-
-
-def split_rhat(series: Values) -> float:
-    """Return split R-hat: near 1 if the halves of all chains agree in their mean, else above.
-
-    sqrt((n - 1) / n + (B / n) / W) over the halves, of n draws each; W: mean of their variances,
-    B / n: variance of their means, both over N - 1. The middle one of an odd number of draws is
-    left out. series: (chains, draws) float, 4 or more draws. Raises ValueError for others and if no
-    chain moves. Source: Gelman et al., "Bayesian Data Analysis", 3rd ed., section 11.4; Vehtari et
-    al. 2021, arXiv 1903.08008, without rank normalisation.
-    """
-    series = _finite(series, "series", 2).cpu().double()
-    half = series.shape[1] // 2
-    halves = torch.cat([series[:, :half], series[:, -half:]])
-    if half < 2 or (halves == halves[:, :1]).all():
-        raise ValueError(
-            "series: split R-hat needs 4 or more draws and a chain that moves; "
-            f"got {tuple(series.shape)}"
-        )
-    within, between = halves.var(1).mean(), halves.mean(1).var()
-    return ((half - 1) / half + between / within).sqrt().item()
-
-
-def autocorrelation(series: Values, max_lag: int) -> list[float]:
-    """Return the autocorrelation at lags 0..max_lag, each chain about its mean, over the chains.
-
-    rho_k = sum_t (x_t - m)(x_{t+k} - m) / sum_t (x_t - m)^2, in -1..1; rho_0 = 1. As usual not
-    corrected for the k missing terms or for m being estimated, which lower it by about
-    max(k, correlation time) / draws.
-    series: (chains, draws) float; max_lag: 0..draws-1. Raises ValueError for others and if a chain
-    never moves.
-    """
-    series = _finite(series, "series", 2).cpu().double()
-    draws = series.shape[1]
-    if not 0 <= max_lag < draws or (series == series[:, :1]).all(1).any():
-        raise ValueError(
-            f"series: needs chains that move and a max_lag in 0..{draws - 1}; got max_lag {max_lag}"
-        )
-    centred = series - series.mean(1, keepdim=True)
-    lags = range(max_lag + 1)
-    products = [(centred[:, : draws - lag] * centred[:, lag:]).sum(1) for lag in lags]
-    return [(product / products[0]).mean().item() for product in products]

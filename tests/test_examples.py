@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sgld_nrg import models, sgld, train_jem
-from sgld_nrg.support import attacks, metrics, restarts
+from sgld_nrg.support import attacks, metrics, restarts, sample_metrics
 
 OBJECTS = [
     sgld.run_chains,
@@ -21,7 +21,7 @@ OBJECTS = [
     attacks.pgd,
     metrics.calibration,
     metrics.detection,
-    metrics.frechet_distance,
+    sample_metrics.frechet_distance,
 ]
 
 

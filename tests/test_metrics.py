@@ -11,7 +11,7 @@ import scipy.signal
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from sgld_nrg.support import metrics
+from sgld_nrg.support import metrics, sample_metrics
 
 SIGMAS = 5  # of the statistical error that a test allows
 
@@ -326,8 +326,8 @@ def test_the_frechet_distance_of_diagonal_gaussians_is_the_closed_form(offset):
         for i in range(2)
     )
     expected = ((means[0] - means[1]) ** 2 + (deviations[0] - deviations[1]) ** 2).sum()
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
-    swapped = metrics.frechet_distance(torch.tensor(b), torch.tensor(a))
+    assert sample_metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
+    swapped = sample_metrics.frechet_distance(torch.tensor(b), torch.tensor(a))
     assert swapped == pytest.approx(expected, rel=1e-7)
 
 
@@ -338,15 +338,15 @@ def test_the_frechet_distance_of_correlated_features_is_that_of_a_matrix_square_
     s, t = np.cov(a.T), np.cov(b.T)
     apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
     expected = apart + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    single = metrics.frechet_distance(a.astype(np.float32), b.astype(np.float32))
+    assert sample_metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    single = sample_metrics.frechet_distance(a.astype(np.float32), b.astype(np.float32))
     assert single == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows, width", [(50, 5), (5, 50), (2, 1)])
 def test_the_frechet_distance_of_a_set_to_itself_is_zero_and_never_below(rows, width):
     features = random(9).normal(size=(rows, width))
-    assert 0 <= metrics.frechet_distance(features, features) < 1e-6
+    assert 0 <= sample_metrics.frechet_distance(features, features) < 1e-6
 
 
 def brute_force_share(points, members, k):
@@ -365,7 +365,7 @@ def brute_force_share(points, members, k):
 def test_precision_and_recall_equal_a_loop_over_all_pairs(k, chunk):
     rng = random(k)
     real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 0.7 + 0.5
-    scores = metrics.precision_recall(real, fake, k, chunk)
+    scores = sample_metrics.precision_recall(real, fake, k, chunk)
     precision, recall = brute_force_share(fake, real, k), brute_force_share(real, fake, k)
     assert scores == pytest.approx({"precision": precision, "recall": recall})
     assert 0 < scores["recall"] < scores["precision"] <= 1  # the fakes are narrower
@@ -373,15 +373,18 @@ def test_precision_and_recall_equal_a_loop_over_all_pairs(k, chunk):
 
 def test_precision_and_recall_are_one_for_equal_sets_and_zero_for_distant_ones():
     features = random(10).normal(size=(60, 200)) + 30
-    same = metrics.precision_recall(features, features[::-1].copy())
+    same = sample_metrics.precision_recall(features, features[::-1].copy())
     assert same == {"precision": 1, "recall": 1}
-    assert metrics.precision_recall(features, features + 100) == {"precision": 0, "recall": 0}
+    assert sample_metrics.precision_recall(features, features + 100) == {
+        "precision": 0,
+        "recall": 0,
+    }
 
 
 def test_fakes_of_one_mode_are_precise_and_recall_that_mode_alone():
     rng = random(11)
     real = np.concatenate([rng.normal(size=(50, 2)), rng.normal(size=(50, 2)) + 100])
-    scores = metrics.precision_recall(real, real[:50])
+    scores = sample_metrics.precision_recall(real, real[:50])
     assert (scores["precision"], scores["recall"]) == (1, 0.5)
 
 
@@ -389,23 +392,26 @@ def test_a_set_of_copies_covers_its_own_point_alone():
     rng = random(12)
     copies = (rng.normal(size=(1, 1000)) + 3).repeat(40, 0)
     real = np.concatenate([copies, rng.normal(size=(60, 1000)) + 50])
-    assert metrics.precision_recall(real, copies[:20]) == {"precision": 1, "recall": 0.4}
-    assert metrics.precision_recall(real, copies[:20] + 0.01) == {"precision": 0, "recall": 0}
+    assert sample_metrics.precision_recall(real, copies[:20]) == {"precision": 1, "recall": 0.4}
+    assert sample_metrics.precision_recall(real, copies[:20] + 0.01) == {
+        "precision": 0,
+        "recall": 0,
+    }
 
 
 def test_the_class_histogram_counts_and_its_entropy_is_relative():
-    assert metrics.class_histogram([0, 1, 2, 3], 4) == {"counts": [1, 1, 1, 1], "entropy": 1}
-    one_class = metrics.class_histogram(torch.tensor([2, 2]), 4)
+    assert sample_metrics.class_histogram([0, 1, 2, 3], 4) == {"counts": [1, 1, 1, 1], "entropy": 1}
+    one_class = sample_metrics.class_histogram(torch.tensor([2, 2]), 4)
     assert one_class == {"counts": [0, 0, 2, 0], "entropy": 0}
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(3)
-    assert metrics.class_histogram([0, 0, 0, 2], 3)["entropy"] == pytest.approx(expected)
+    assert sample_metrics.class_histogram([0, 0, 0, 2], 3)["entropy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chunk", [2, 500])
 def test_nearest_images_are_those_of_a_loop(chunk):
     rng = random(13)
     images, pool = rng.uniform(-1, 1, size=(11, 1, 5, 5)), rng.uniform(-1, 1, size=(70, 1, 5, 5))
-    distances, indices = metrics.nearest(torch.tensor(images), torch.tensor(pool), chunk)
+    distances, indices = sample_metrics.nearest(torch.tensor(images), torch.tensor(pool), chunk)
     for image, distance, index in zip(images, distances, indices, strict=True):
         every = [math.sqrt(((image - other) ** 2).sum()) for other in pool]
         assert index == every.index(min(every))
@@ -418,7 +424,7 @@ def test_copies_are_at_distance_exactly_zero_among_near_duplicates(chunk):
     pool = base.repeat(100, 1, 1, 1)
     pool[:, 0, 0, 0] += torch.arange(100) * 2e-4
     rows = [99, 0, 41, 40, 7]
-    assert metrics.nearest(pool[rows], pool, chunk) == ([0.0] * 5, rows)
+    assert sample_metrics.nearest(pool[rows], pool, chunk) == ([0.0] * 5, rows)
 
 
 def test_copies_are_found_when_the_rounding_of_a_matmul_in_float64_hides_the_difference():
@@ -426,7 +432,10 @@ def test_copies_are_found_when_the_rounding_of_a_matmul_in_float64_hides_the_dif
     pool[:3] = pool[0]
     pool[1, 0, 0, 0] += 1e-7
     pool[2, 0, 0, 0] -= 1e-7
-    assert metrics.nearest(pool[:3].repeat(20, 1, 1, 1), pool) == ([0.0] * 60, [0, 1, 2] * 20)
+    assert sample_metrics.nearest(pool[:3].repeat(20, 1, 1, 1), pool) == (
+        [0.0] * 60,
+        [0, 1, 2] * 20,
+    )
 
 
 def test_near_duplicates_keep_their_exact_distance():
@@ -434,7 +443,7 @@ def test_near_duplicates_keep_their_exact_distance():
     images = pool[:20].clone()
     # a matmul in float32 loses this: 1e-3 of the distance is under its rounding
     images[:, 0, 3, 3] += 2**-12
-    distances, indices = metrics.nearest(images, pool)
+    distances, indices = sample_metrics.nearest(images, pool)
     assert indices == list(range(20))
     expected = (images - pool[:20]).flatten(1).double().norm(dim=1)
     assert distances == pytest.approx(expected.tolist(), rel=1e-9)
@@ -443,7 +452,7 @@ def test_near_duplicates_keep_their_exact_distance():
 def test_byte_images_are_compared_in_their_own_units():
     images = torch.tensor([[[0, 255]]], dtype=torch.uint8)
     pool = torch.tensor([[[255, 255]], [[3, 251]]], dtype=torch.uint8)
-    assert metrics.nearest(images, pool) == ([5.0], [1])
+    assert sample_metrics.nearest(images, pool) == ([5.0], [1])
 
 
 def test_split_rhat_equals_its_formula_written_out():
@@ -453,12 +462,12 @@ def test_split_rhat_equals_its_formula_written_out():
     within = np.mean([sum((x - np.mean(half)) ** 2 for x in half) / 1 for half in halves])
     between = 2 * sum((mean - np.mean(means)) ** 2 for mean in means) / 3
     expected = math.sqrt((within / 2 + between / 2) / within)
-    assert metrics.split_rhat(series) == pytest.approx(expected, rel=1e-12)
+    assert sample_metrics.split_rhat(series) == pytest.approx(expected, rel=1e-12)
 
 
 def test_split_rhat_is_near_one_for_independent_draws():
     chains, draws = 8, 1000
-    rhat = metrics.split_rhat(random(16).normal(size=(chains, draws)))
+    rhat = sample_metrics.split_rhat(random(16).normal(size=(chains, draws)))
     # rhat^2 - 1 = (B / W - 1) / n, with halves of n draws and B / W about chi2 / df at
     # df = 2 * chains - 1
     assert abs(rhat**2 - 1) < SIGMAS * math.sqrt(2 / (2 * chains - 1)) / (draws / 2)
@@ -466,9 +475,9 @@ def test_split_rhat_is_near_one_for_independent_draws():
 
 def test_split_rhat_sees_chains_that_differ_and_chains_that_drift():
     draws = random(17).normal(size=(4, 500))
-    assert metrics.split_rhat(draws + 2 * np.arange(4)[:, None]) > 1.5
-    assert metrics.split_rhat(draws + np.linspace(0, 6, 500)) > 1.5
-    assert metrics.split_rhat(torch.tensor(draws[:1] + np.linspace(0, 6, 500))) > 1.5
+    assert sample_metrics.split_rhat(draws + 2 * np.arange(4)[:, None]) > 1.5
+    assert sample_metrics.split_rhat(draws + np.linspace(0, 6, 500)) > 1.5
+    assert sample_metrics.split_rhat(torch.tensor(draws[:1] + np.linspace(0, 6, 500))) > 1.5
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.8, -0.5])
@@ -482,7 +491,7 @@ def test_the_autocorrelation_of_an_autoregressive_chain_is_a_power(phi):
     # (lag + correlation time) / draws
     error = SIGMAS * math.sqrt((1 + phi**2) / (1 - phi**2) / (chains * draws))
     bias = (lags + (1 + phi) / (1 - phi)) / draws
-    found = metrics.autocorrelation(series, lags)
+    found = sample_metrics.autocorrelation(series, lags)
     np.testing.assert_allclose(found, expected, atol=error + bias, rtol=0)
 
 
@@ -492,7 +501,7 @@ def test_the_autocorrelation_equals_numpy_correlate():
     for chain in series - series.mean(1, keepdims=True):
         full = np.correlate(chain, chain, "full")[11:]
         rows.append(full / full[0])
-    found = metrics.autocorrelation(torch.tensor(series), 11)
+    found = sample_metrics.autocorrelation(torch.tensor(series), 11)
     assert found[0] == 1
     np.testing.assert_allclose(found, np.mean(rows, 0), rtol=0, atol=1e-12)
 
@@ -511,10 +520,14 @@ CALLS = {  # a usable call of each, and what it names if the first array is not 
 }
 
 
+def called(name):
+    return getattr(metrics, name, None) or getattr(sample_metrics, name)
+
+
 @pytest.mark.parametrize("function", CALLS)
 def test_json_can_write_every_result(function):
     arguments, _ = CALLS[function]
-    result = getattr(metrics, function)(*arguments)
+    result = called(function)(*arguments)
     again = json.loads(json.dumps(result, allow_nan=False))
     assert again == (list(result) if isinstance(result, tuple) else result)
 
@@ -522,7 +535,7 @@ def test_json_can_write_every_result(function):
 @pytest.mark.parametrize("function", CALLS)
 def test_tensors_that_require_gradients_and_single_precision_give_the_same_result(function):
     arguments, _ = CALLS[function]
-    (first, *others), call = arguments, getattr(metrics, function)
+    (first, *others), call = arguments, called(function)
     result = call(torch.as_tensor(first, dtype=torch.float64), *others)
     single = torch.as_tensor(first, dtype=torch.float32).requires_grad_()
     with torch.no_grad():
@@ -537,14 +550,14 @@ def test_what_is_not_finite_is_refused_by_name(function, value):
     spoilt = torch.as_tensor(arguments[0]).clone()
     spoilt.view(-1)[1] = value
     with pytest.raises(FloatingPointError, match=f"{name}.*not finite"):
-        getattr(metrics, function)(spoilt, *arguments[1:])
+        called(function)(spoilt, *arguments[1:])
 
 
 def test_what_is_not_finite_is_refused_in_the_other_arguments_too():
     with pytest.raises(FloatingPointError, match=r"grad_norm out of distribution.*not finite"):
         metrics.detection([1.0], [math.nan], "grad_norm")
     with pytest.raises(FloatingPointError, match=r"pool.*not finite"):
-        metrics.nearest(PAIR, np.full((4, 4), math.inf))
+        sample_metrics.nearest(PAIR, np.full((4, 4), math.inf))
     with pytest.raises(FloatingPointError, match=r"array 1 of the bootstrap.*not finite"):
         metrics.bootstrap(lambda a, b: 0.0, [1.0], [math.nan])
 
@@ -561,17 +574,17 @@ def test_what_is_not_finite_is_refused_in_the_other_arguments_too():
         (metrics.calibration, (LOGITS, LABELS, 0), "n_bins"),
         (metrics.detection, ([], [1.0], "energy"), "energy in distribution.*empty"),
         (metrics.bootstrap, (np.mean,), "resamples"),
-        (metrics.frechet_distance, (PAIR, PAIR[:1]), "2 or more rows"),
-        (metrics.frechet_distance, (PAIR, PAIR[:, :2]), "one width"),
-        (metrics.precision_recall, (PAIR, PAIR[:3]), "4 or more rows"),
-        (metrics.precision_recall, (PAIR, PAIR, 0), "k must be"),
-        (metrics.class_histogram, ([0, 4], 4), "0..3"),
-        (metrics.class_histogram, ([0], 1), "2 or more classes"),
-        (metrics.nearest, (PAIR, PAIR[:, :2]), "one shape"),
-        (metrics.split_rhat, (PAIR[:, :3],), "4 or more"),
-        (metrics.split_rhat, (np.ones((2, 8)),), "moves"),
-        (metrics.autocorrelation, (PAIR, 4), "max_lag"),
-        (metrics.autocorrelation, (np.ones((2, 8)) * 0.1, 2), "move"),
+        (sample_metrics.frechet_distance, (PAIR, PAIR[:1]), "2 or more rows"),
+        (sample_metrics.frechet_distance, (PAIR, PAIR[:, :2]), "one width"),
+        (sample_metrics.precision_recall, (PAIR, PAIR[:3]), "4 or more rows"),
+        (sample_metrics.precision_recall, (PAIR, PAIR, 0), "k must be"),
+        (sample_metrics.class_histogram, ([0, 4], 4), "0..3"),
+        (sample_metrics.class_histogram, ([0], 1), "2 or more classes"),
+        (sample_metrics.nearest, (PAIR, PAIR[:, :2]), "one shape"),
+        (sample_metrics.split_rhat, (PAIR[:, :3],), "4 or more"),
+        (sample_metrics.split_rhat, (np.ones((2, 8)),), "moves"),
+        (sample_metrics.autocorrelation, (PAIR, 4), "max_lag"),
+        (sample_metrics.autocorrelation, (np.ones((2, 8)) * 0.1, 2), "move"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused_by_name(function, arguments, message):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sgld_nrg.support import metrics, plots
+from sgld_nrg.support import plots, sample_metrics
 from sgld_nrg.support.report.study import Study, compare, extend, features_of, starts
 from sgld_nrg.support.report.words import table
 
@@ -22,7 +22,7 @@ def measure(study: Study) -> dict[str, Any]:
     count = min(study.sizes["long_chains"], len(dataset.test.labels), len(dataset.train.labels))
     reference = features_of(network, dataset.test.images)
     train = study.shuffled_training_images()[:count]
-    floor = metrics.frechet_distance(features_of(network, train), reference)
+    floor = sample_metrics.frechet_distance(features_of(network, train), reference)
     x, _ = starts(study.checkpoint, count, generator)
     done, found, pictures = 0, {}, []
     for steps in [0, *(steps for steps in STEPS if steps <= study.sizes["longest"])]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgld_nrg.support import metrics, plots
+from sgld_nrg.support import plots, sample_metrics
 from sgld_nrg.support.report.study import Study, fresh_chains
 
 
@@ -32,7 +32,7 @@ def measure(study: Study) -> dict[str, Any]:
     fresh_chains(study.checkpoint, model, chains, steps, study.generator(2), follow)
     series = torch.stack(energies, dim=1)
     settled = series[:, series.shape[1] // 2 :]
-    correlation = metrics.autocorrelation(settled, min(100, settled.shape[1] // 2))
+    correlation = sample_metrics.autocorrelation(settled, min(100, settled.shape[1] // 2))
     ends, lags = (0, series.shape[1] // 2, series.shape[1] - 1), (1, 10, 30, 100)
     figure = study.folder / "chains.png"
     plots.save_chains(series, correlation, displacements, saturated, figure)
@@ -40,7 +40,7 @@ def measure(study: Study) -> dict[str, Any]:
         "chains": chains,
         "steps": steps,
         "mean_energy": {str(step): float(series[:, step].mean()) for step in ends},
-        "split_rhat_of_energy": metrics.split_rhat(settled),
+        "split_rhat_of_energy": sample_metrics.split_rhat(settled),
         "autocorrelation_of_energy": {
             str(lag): correlation[lag] for lag in lags if lag < len(correlation)
         },

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sgld_nrg.support import metrics, plots
+from sgld_nrg.support import plots, sample_metrics
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.study import Study, compare, features_of, fresh_chains
 from sgld_nrg.support.report.words import table
@@ -37,14 +37,14 @@ def measure(study: Study) -> dict[str, Any]:
         features = features_of(network, images)
         row = compare(network, features, reference, floor, dataset.num_classes)
         floor = floor or row["frechet_distance"]
-        found[kind] = {**row, **metrics.precision_recall(reference, features)}
+        found[kind] = {**row, **sample_metrics.precision_recall(reference, features)}
 
     few, everything = min(count, 1000), train.to(study.device)
     judged = {"buffer": kinds["buffer"], "fresh": kinds["fresh"]}
     judged["test images"] = test[:count].to(study.device)
     distances, indices = {}, {}
     for kind, images in judged.items():
-        far, which = metrics.nearest(images[:few].clamp(-1, 1), everything)
+        far, which = sample_metrics.nearest(images[:few].clamp(-1, 1), everything)
         distances[kind], indices[kind] = torch.tensor(far), torch.tensor(which)
         found.setdefault(kind, {})["distance_to_nearest_training_image"] = {
             "median": float(distances[kind].median()),

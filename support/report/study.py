@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgld_nrg.models import energy_of, predict
 from sgld_nrg.sgld import run_chains
-from sgld_nrg.support import metrics
+from sgld_nrg.support import sample_metrics
 from sgld_nrg.support.checkpoints import Checkpoint, langevin_from
 from sgld_nrg.support.data import Dataset
 from sgld_nrg.support.devices import pick_precision
@@ -175,9 +175,9 @@ def compare(
     network: the classifier whose features they are. floor: distance of training images, or None for
     these to be it. Returns the Fréchet distance, its ratio to the floor, and the class histogram.
     """
-    distance = metrics.frechet_distance(features, reference)
+    distance = sample_metrics.frechet_distance(features, reference)
     return {
         "frechet_distance": distance,
         "ratio_to_floor": distance / (floor or distance),
-        **metrics.class_histogram(network.head(features).argmax(1), num_classes),
+        **sample_metrics.class_histogram(network.head(features).argmax(1), num_classes),
     }
