@@ -33,7 +33,7 @@ CHECKPOINT_DATA_DIR = flag(
     "--data-dir", str, "folder of data sets, or your own data; default: the checkpoint's own"
 )
 CHECKPOINT = flag(
-    "--checkpoint", str, "checkpoint of a JEM; the default ships with the project", metavar="FILE"
+    "--checkpoint", str, "checkpoint of a JEM; one of MNIST ships with the project", metavar="FILE"
 )
 CLASSIFIER = flag(
     "--classifier", str, "classifier checkpoint, instead of classifier.pt beside", metavar="FILE"
@@ -50,7 +50,9 @@ PRECISION = flag(
 )
 SPEED = (
     flag(
-        "--compile", bool, "compile the chains' Langevin step, in up to a minute; falls back if not"
+        "--compile",
+        bool,
+        "compile the Langevin step, which takes up to a minute; falls back if it fails",
     ),
     flag(
         "--cuda-graph",
@@ -71,11 +73,16 @@ READING = (
     flag(
         "--pixel-range",
         float,
-        "black and white of an array's or a floating-point picture's numbers, if they are unclear",
+        "the numbers of black and white in an array or a floating-point picture, if unclear",
         nargs=2,
         metavar=("LOW", "HIGH"),
     ),
-    flag("--channel-axis", str, "channels of an array, if unclear", choices=("first", "last")),
+    flag(
+        "--channel-axis",
+        str,
+        "where an array has its channels, if unclear",
+        choices=("first", "last"),
+    ),
     flag(
         "--background",
         str,
@@ -273,14 +280,14 @@ ENERGY: Group = (
     (
         Either(
             (
-                flag("--class-label", str, "chains on E(x, y), each class in one row", **CLASSES),
-                flag("--mixture", str, "chains on -log sum_y exp f(x)[y] over these", **CLASSES),
+                flag("--class-label", str, "chains on E(x, y), a row a class", **CLASSES),
+                flag("--mixture", str, "chains on -log sum_y exp f(x)[y] over classes", **CLASSES),
                 flag(
                     "--interpolate",
                     str,
-                    "chains on E(x, Y) whose energy then turns into E(x, Z), one in each row",
+                    "chains on the energy of one class that turns into another's, a row a chain",
                     nargs=2,
-                    metavar=("Y", "Z"),
+                    metavar=("CLASS", "CLASS"),
                 ),
             )
         ),

@@ -8,7 +8,6 @@ read, so the memory follows the small ones.
 from __future__ import annotations
 
 import warnings
-import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -29,6 +30,8 @@ JPEG, NETPBM = (".jpg", ".jpeg", ".jfif"), (".pgm", ".ppm", ".pnm", ".pbm")
 SUFFIXES = (".png", *JPEG, ".bmp", ".gif", ".webp", ".tif", ".tiff", *NETPBM)
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green, blue (ITU-R BT.601)
 MOST_PIXELS = 178_956_970  # of a picture, twice Pillow's own limit against decompression bombs
+FULL_SCALE = {"uint8": 255, "uint16": 65535}
+SLACK = 1e-3  # what rounding leaves outside a range, as a share of it: a quarter of a byte's step
 
 
 class Reading(NamedTuple):
@@ -45,9 +48,16 @@ class Reading(NamedTuple):
 
 
 def reading_from(args: Namespace) -> Reading:
-    """Return what --pixel-range, --channel-axis and --background ask for."""
-    pixel_range = tuple(args.pixel_range) if args.pixel_range else None
-    return Reading(pixel_range, args.channel_axis, args.background)
+    """Return what --pixel-range, --channel-axis and --background ask for.
+
+    Raises UserError for a range that is none.
+    """
+    if args.pixel_range is None:
+        return Reading(None, args.channel_axis, args.background)
+    low, high = args.pixel_range
+    if not (low < high and np.isfinite(high - low)):
+        raise UserError(f"--pixel-range {low:g} {high:g}: LOW, black, must be below HIGH, white")
+    return Reading((low, high), args.channel_axis, args.background)
 
 
 AS_FOUND = Reading()
@@ -63,7 +73,8 @@ def open_pictures(path: Path, reading: Reading = AS_FOUND) -> Pictures:
             f"there is no {str(path)!r}: name an image, a folder of images, or an .npz or .npy file"
         )
     if path.is_dir():
-        return FilePictures(image_files(path), reading)
+        files = image_files(path)
+        return FilePictures(files, reading, sorted(_files_in(path) - set(files)))
     if path.suffix.lower() in (".npz", ".npy"):
         return ArrayPictures(path, array_in(path, "images"), reading)
     return FilePictures([path], reading)
@@ -80,8 +91,17 @@ def load_images(path: str, shape: Sequence[int], limit: int, reading: Reading = 
 
 
 def read_all(found: Pictures, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Read some pictures, brought to shape (C, H, W): (n, C, H, W) float, pixels in [-1, 1]."""
-    images = torch.empty(len(indices), *shape)
+    """Read some pictures, brought to shape (C, H, W): (n, C, H, W) float, pixels in [-1, 1].
+
+    Raises UserError if they cannot be read, or if the memory is too small for them.
+    """
+    try:
+        images = torch.empty(len(indices), *shape)
+    except RuntimeError as error:
+        raise UserError(
+            f"not enough memory for {len(indices)} pictures of {'x'.join(map(str, shape))} "
+            f"({first_line(error)}): take fewer, or lower --image-size"
+        ) from error
     for row, index in zip(images, indices, strict=True):
         row.copy_(found.read(index, shape))
     return images.mul_(2).sub_(1)
@@ -101,6 +121,11 @@ def image_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"the folder {str(folder)!r} holds no image files ({', '.join(SUFFIXES)})")
     return files
+
+
+def _files_in(folder: Path) -> set[Path]:
+    """Return everything in a folder and below it that is no folder, broken links too."""
+    return {path for path in folder.rglob("*") if not path.is_dir()}
 
 
 def fitted(image: Tensor, shape: Sequence[int], reading: Reading) -> Tensor:
@@ -130,7 +155,7 @@ class ArrayPictures:
     """
 
     def __init__(self, path: Path, array: np.ndarray, reading: Reading):
-        self.array, self.reading = array, reading
+        self.reading = reading
         found = f"{str(path)!r} holds {array.dtype} of shape {array.shape}"
         usable = array.ndim in (3, 4) and array.size and array.dtype.kind in "buif"
         if not usable or not np.isfinite(array).all():
@@ -138,21 +163,34 @@ class ArrayPictures:
                 f"{found}: images must be finite numbers of shape (N, H, W), (N, C, H, W) or "
                 "(N, H, W, C)"
             )
-        self.axis = _channel_axis(array.shape, found, reading)
-        low, high = array.min(), array.max()
-        found += f", from {low:g} to {high:g}" if array.dtype.kind == "f" else f", {low} to {high}"
-        self.low, self.high = reading.pixel_range or _range_of(array, found)
-        if not self.low <= low <= high <= self.high:
-            raise UserError(f"{found}: not within --pixel-range {self.low:g} {self.high:g}")
-        *_, height, width = self._channels_first(array).shape
+        self.array, self.axis = _with_channel_axis(array, f"{found}, {_span(array)}", reading)
+        self.low, self.high = reading.pixel_range or self._range(found)
+        _check_within(array, (self.low, self.high), found)
+        *_, height, width = self._channels_first(self.array).shape
         self.sizes = {(height, width)}
-        count = array.shape[self.axis] if self.axis is not None else 1
+        count = self.array.shape[self.axis] if self.axis is not None else 1
         self.colour = count > 2
         kind = {1: "grey", 2: "grey with alpha", 3: "colour", 4: "colour with alpha"}[count]
         self.words = f"{kind}, {width}x{height}, {array.dtype} from {self.low:g} to {self.high:g}"
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def _range(self, found: str) -> tuple[float, float]:
+        """Return (black, white). UserError if it is unclear, or another for alpha than for colour.
+
+        found: what the array is, in words.
+        """
+        channels = self._channels_first(self.array)
+        if channels.shape[1] not in (2, 4):
+            return _range_of(channels, found)
+        scale = _range_of(channels[:, :-1], found)
+        if _range_of(channels[:, -1:], f"{found}, its alpha") != scale:
+            raise UserError(
+                f"{found}, alpha {_span(channels[:, -1:])}, the rest {_span(channels[:, :-1])}: "
+                "save both on one scale, and give it with --pixel-range if it is unclear"
+            )
+        return scale
 
     def _channels_first(self, array: np.ndarray) -> np.ndarray:
         if self.axis is None:
@@ -166,69 +204,101 @@ class ArrayPictures:
         return fitted(torch.from_numpy(np.ascontiguousarray(scaled)), shape, self.reading)
 
 
-def _channel_axis(shape: tuple[int, ...], found: str, reading: Reading) -> int | None:
-    """Return the axis of an array's channels, None if it has none. UserError if it may be two."""
-    if len(shape) == 3:
-        if shape[2] in (3, 4) and reading.channel_axis is None:
+def _with_channel_axis(
+    array: np.ndarray, found: str, reading: Reading
+) -> tuple[np.ndarray, int | None]:
+    """Return an array as (N, ...) and the axis of its channels, None if it has none.
+
+    Raises UserError if it may be two, unless --channel-axis says which.
+    """
+    shape, asked = array.shape, reading.channel_axis
+    if array.ndim == 3:  # pictures (N, H, W), but it may be one picture with channels
+        counts = {"first": (0, (3, 4)), "last": (2, (1, 2, 3, 4))}
+        alone = {name: axis for name, (axis, few) in counts.items() if shape[axis] in few}
+        if asked in alone:
+            return array[None], alone[asked] + 1
+        if alone and asked is None:
+            name = next(iter(alone))
             raise UserError(
-                f"{found}: one colour picture, or {shape[0]} grey ones of {shape[2]} columns? "
-                "Save it as (1, H, W, C), or give --channel-axis first for grey ones"
+                f"{found}: one picture of {shape[alone[name]]} channels, or {shape[0]} grey ones "
+                f"of {shape[2]}x{shape[1]}? --channel-axis {name} says that it is one, "
+                f"--channel-axis {'last' if name == 'first' else 'first'} that it is not"
             )
-        return None
+        return array, None
     axes = [axis for axis in (1, 3) if shape[axis] in (1, 2, 3, 4)]
-    if reading.channel_axis:
-        axes = [axis for axis in axes if axis == {"first": 1, "last": 3}[reading.channel_axis]]
-    if len(axes) == 2:
-        raise UserError(f"{found}: axis 1 or 3 may be the channels; say so with --channel-axis")
     if not axes:
         raise UserError(f"{found}: no axis holds 1 to 4 channels, (N, C, H, W) or (N, H, W, C)")
-    return axes[0]
+    if len(axes) == 1:
+        return array, axes[0]
+    if asked is None:
+        raise UserError(
+            f"{found}: axis 1 or 3 may be the channels; say so with --channel-axis first or last"
+        )
+    return array, 1 if asked == "first" else 3
+
+
+def _span(array: np.ndarray) -> str:
+    """Return the smallest and the largest of an array's numbers in words."""
+    return f"from {float(array.min()):.9g} to {float(array.max()):.9g}"
 
 
 def _range_of(array: np.ndarray, found: str) -> tuple[float, float]:
     """Return (black, white) of an array's numbers. UserError, with what was found, if unclear."""
-    low, high, kind = array.min(), array.max(), array.dtype
-    whole = kind.kind in "ui" or bool((array == np.round(array)).all())
-    if kind.kind == "b":
+    low, high, kind = float(array.min()), float(array.max()), array.dtype.kind
+    full = FULL_SCALE.get(array.dtype.name)
+    if kind == "b" or low == high == 0:
+        return 0, full or 1
+    # no more than a sixteenth of white (0 to 16 in bytes, 12 bits in 16) may be another scale
+    if full and 16 * high > full + 1:
+        return 0, full
+    if kind == "f" and low >= -SLACK and 1 / 16 < high <= 1 + SLACK:
         return 0, 1
-    if kind == np.uint8 and (high > 1 or high == 0):
-        return 0, 255
-    if kind == np.uint16 and high > 4095:  # 12 bits in 16 would be another scale
-        return 0, 65535
-    if kind.kind == "f" and low >= 0 and high <= 1:
-        return 0, 1
-    if kind.kind == "f" and low == -1 and high <= 1:
+    if kind == "f" and abs(low + 1) <= SLACK and high <= 1 + SLACK:
         return -1, 1
-    many = float((array > 1).mean()) > 0.01  # not a stray pixel above 1
-    if kind != np.uint16 and low >= 0 and 1 < high <= 255 and many and (whole or high > 128):
+    # 0 to 16 and 0 to 100 are scales of others, and a stray pixel above 1 makes none
+    if not full and low >= -SLACK and 128 < high <= 255 * (1 + SLACK) and (array > 1).mean() > 0.01:
         return 0, 255
     raise UserError(
-        f"{found}: what is black and what is white? Say so with --pixel-range LOW HIGH "
-        "(0 1, 0 255, -1 1, ...)"
+        f"{found}, {_span(array)}: what is black and what is white? Say so with --pixel-range "
+        "LOW HIGH (0 1, 0 255, -1 1, ...)"
     )
+
+
+def _check_within(array: np.ndarray, scale: tuple[float, float], found: str) -> None:
+    """Raise UserError, with what was found, if numbers are outside their scale."""
+    low, high = scale
+    slack = SLACK * (high - low)
+    if array.min() < low - slack or array.max() > high + slack:
+        raise UserError(f"{found}, {_span(array)}: not within --pixel-range {low:g} {high:g}")
 
 
 class FilePictures:
     """The pictures of image files, read one by one.
 
-    sizes, colour, words: as of `ArrayPictures`. Raises UserError for a file that is no image.
+    skipped: files beside them, for `words`. sizes, colour, words: as of `ArrayPictures`.
+    Raises UserError for a file that is no image.
     """
 
-    def __init__(self, paths: Sequence[Path], reading: Reading):
+    def __init__(self, paths: Sequence[Path], reading: Reading, skipped: Sequence[Path] = ()):
         self.paths, self.reading = list(paths), reading
-        self.sizes, modes = set(), set()
+        self.scale: tuple[float, float] | None = None  # of numbers that have none by their type
+        self.sizes, kinds = set(), set()
         for path in self.paths:
             with opened(path) as picture:
-                turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                # of a TIFF, Pillow gives the size as turned
+                turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in (5, 6, 7, 8)
                 width, height = picture.size[::-1] if turned else picture.size
                 self.sizes.add((height, width))
-                modes.add(_kind(picture))
+                kinds.add(_kind(picture))
                 if getattr(picture, "n_frames", 1) > 1:
-                    modes.add("the first frame of each")
-        self.colour = any(kind.startswith("colour") for kind in modes)
+                    kinds.add("the first frame of each")
+        self.colour = any(kind.startswith("colour") for kind in kinds)
         sizes = [f"{width}x{height}" for height, width in sorted(self.sizes)[:3]]
         more = f" and {len(self.sizes) - 3} other sizes" if len(self.sizes) > 3 else ""
-        self.words = f"{', '.join(sorted(modes))}; {', '.join(sizes)}{more}"
+        self.words = f"{', '.join(sorted(kinds))}; {', '.join(sizes)}{more}"
+        if skipped:
+            suffixes = sorted({ascii(path.suffix)[1:-1] or "no suffix" for path in skipped})
+            self.words += f"; skipped {len(skipped)} other files ({', '.join(suffixes[:5])})"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -240,51 +310,74 @@ class FilePictures:
             least = (2 * shape[2], 2 * shape[1])  # a coarser picture is enough
             picture.draft(None, least)
             factor = min(picture.size[0] // least[0], picture.size[1] // least[1])
-            kind = _kind(picture)
+            kind, tags = _kind(picture), getattr(picture, "tag_v2", {})  # a TIFF has tags
+            white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # 12 bits come as 16
+            negative = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
             picture = ImageOps.exif_transpose(picture)
-            pixels, high = _pixels(picture, kind, path, self.reading, max(factor, 1))
-        image = torch.from_numpy(pixels.astype(np.float32) / high)
-        image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-        return fitted(image, shape, self.reading)
+            if picture.mode == "F" or picture.mode.startswith("I"):
+                image = self._scaled(picture, kind, white, path)
+                image = 1 - image if negative else image  # Pillow has seen to it in bytes alone
+            else:
+                image = _pixels(picture, kind, max(factor, 1)).astype(np.float32) / 255
+        image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+        return fitted(torch.from_numpy(np.ascontiguousarray(image)), shape, self.reading)
+
+    def _scaled(self, picture: Image.Image, kind: str, white: int, path: Path) -> np.ndarray:
+        """Return the numbers of a 16-bit, 32-bit or floating-point picture as float32 in [0, 1].
+
+        Raises UserError if they have no scale, or another than those of a picture before.
+        """
+        array = np.asarray(picture)
+        found = f"{str(path)!r} holds {array.dtype} of shape {array.shape}"
+        if not np.isfinite(array).all():
+            raise UserError(f"{found}, and not all of its numbers are finite: remove or replace it")
+        scale = self.reading.pixel_range
+        if not scale and "16-bit" in kind:
+            scale = (0, white)
+        elif not scale:
+            scale = _range_of(array, found)
+            before = self.scale = self.scale or scale
+            if scale != before:
+                raise UserError(
+                    f"{found}, {_span(array)}, and a picture before seems to go from {before[0]:g} "
+                    f"to {before[1]:g}: give one scale for all with --pixel-range LOW HIGH"
+                )
+        _check_within(array, scale, found)
+        low, high = scale
+        image = (array.astype(np.float32) - low) / (high - low)
+        if "alpha" in kind:  # one number of all stands for transparent
+            image = np.stack([image, array != picture.info["transparency"]], axis=-1)
+        return image
 
 
 def _kind(picture: Image.Image) -> str:
     """Return what a picture is, in words: grey or colour, with alpha, of 16 bits, of floats."""
     mode = picture.mode
+    alpha = " with alpha" * ("transparency" in picture.info)
     if mode == "F":
-        return "grey, floating-point"
-    if mode.startswith("I"):
-        return "grey, 16 bits"
+        return "floating-point grey"
+    if mode.startswith("I"):  # Pillow gives the 16 bits of netpbm as 32
+        return f"{32 if mode == 'I' and picture.format == 'TIFF' else 16}-bit grey{alpha}"
     if mode in ("1", "L"):
-        return "grey with alpha" if "transparency" in picture.info else "grey"
+        return f"grey{alpha}"
     if mode in ("LA", "La"):
         return "grey with alpha"
-    alpha = " with alpha" * ("transparency" in picture.info or mode in ("RGBA", "RGBa", "PA"))
+    if mode in ("RGBA", "RGBa", "PA"):
+        alpha = " with alpha"
     if mode in ("P", "PA"):
         palette = np.asarray(picture.getpalette() or [0, 0, 0]).reshape(-1, 3)
         return ("grey" if (palette == palette[:, :1]).all() else "colour") + alpha
-    return "colour" + alpha
+    return f"colour{alpha}"
 
 
-def _pixels(
-    picture: Image.Image, kind: str, path: Path, reading: Reading, factor: int
-) -> tuple[np.ndarray, float]:
-    """Return a picture's numbers (H, W) or (H, W, c), smaller by a factor, and what is white."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        array = np.asarray(picture)
-        if picture.mode != "F" and array.min() >= 0 and array.max() <= 65535:
-            return array, 65535
-        found = f"{str(path)!r} holds {array.dtype}, from {array.min():g} to {array.max():g}"
-        low, high = reading.pixel_range or _range_of(array, found)
-        return np.clip(array - low, 0, None), high - low
+def _pixels(picture: Image.Image, kind: str, factor: int) -> np.ndarray:
+    """Return a picture's bytes (H, W) or (H, W, c), smaller by a factor."""
     mode = "RGB" if kind.startswith("colour") else "L"
     mode = {"RGB": "RGBA", "L": "LA"}[mode] if "alpha" in kind else mode
     if mode == "LA" and picture.mode != "LA":  # Pillow has no way there from a palette
         picture = picture.convert("RGBA").convert("LA")
     picture = picture.convert(mode)
-    if factor > 1 and "alpha" not in kind:
-        picture = picture.reduce(factor)
-    return np.asarray(picture), 255
+    return np.asarray(picture.reduce(factor) if factor > 1 else picture)
 
 
 @contextmanager
@@ -292,10 +385,12 @@ def opened(path: Path) -> Iterator[Image.Image]:
     """Open an image file. Raises UserError, naming it, if it is none or too large."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            warnings.simplefilter("ignore")  # damage that keeps a picture from being read raises
+            # not by its path: Pillow would map a turned TIFF into memory, and get its rows wrong
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as picture:
                 if picture.size[0] * picture.size[1] > MOST_PIXELS:
                     raise Image.DecompressionBombError(f"it has {picture.size} pixels")
+                _scale_transparency(picture)
                 yield picture
     except UnidentifiedImageError as error:
         raise UserError(
@@ -310,23 +405,41 @@ def opened(path: Path) -> Iterator[Image.Image]:
         ) from error
 
 
-def array_in(path: Path, name: str) -> np.ndarray:
-    """Return an array of an .npz (by name, or its only one) or an .npy file, unpickled.
+def _scale_transparency(picture: Image.Image) -> None:
+    """Bring a PNG's transparent colour, which Pillow leaves in the file's bits, to 8 bits."""
+    bits = picture.tile[0][3] if isinstance(picture, PngImageFile) and picture.tile else None
+    colour = picture.info.get("transparency")
+    if bits in ("L;2", "L;4") and isinstance(colour, int):
+        picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[bits]
+    elif bits == "RGB;16B" and isinstance(colour, tuple):
+        picture.info["transparency"] = tuple(channel >> 8 for channel in colour)
 
+
+def array_in(path: Path, name: str, alone: bool = True) -> np.ndarray:
+    """Return an array of an .npz, by name, or an .npy file, unpickled.
+
+    alone: the only array of an .npz may have another name, and that of an .npy has none.
     Raises UserError if it cannot be had.
     """
     try:
         loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
+        unnamed = isinstance(loaded, np.ndarray)
+        if unnamed and alone:
             return loaded
+        names = [] if unnamed else loaded.files
+        if name not in names and not (alone and len(names) == 1):
+            raise UserError(
+                f"{str(path)!r} holds {', '.join(names) or 'nothing with a name'} and no array "
+                f"{name!r}: add it, or call one of them {name!r}"
+            )
         with loaded:
-            if name not in loaded.files and len(loaded.files) != 1:
-                raise UserError(
-                    f"{str(path)!r} has the arrays {', '.join(loaded.files) or 'none'}: "
-                    f"call one of them {name!r}"
-                )
-            return loaded[name if name in loaded.files else loaded.files[0]]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+            array = loaded[name if name in names else names[0]]
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name!r} in it is no array")
+        return array
+    except UserError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a dozen types for damaged files
         raise UserError(
             f"{str(path)!r} is no .npz or .npy file of {name} ({first_line(error)}): name another"
         ) from error

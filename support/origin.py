@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from sgld_nrg.support.data import Dataset, load
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.flags import DATA_DIR
-from sgld_nrg.support.images import Reading
+from sgld_nrg.support.images import Reading, reading_from
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str]:
@@ -25,9 +24,19 @@ def named(names: list[str] | tuple[str, ...]) -> bool:
 
 
 def data_dir_of(checkpoint: dict[str, Any], given: str | None) -> str:
-    """Return where a checkpoint's data lie: as given, else where they lay, else the default."""
+    """Return where a checkpoint's data lie: as given, else where they lay, else the default.
+
+    Raises UserError if the user's own data are no longer where they lay.
+    """
     before = checkpoint.get("origin", {}).get("data_dir", "")
-    return given or (before if before and os.path.exists(before) else DATA_DIR.default)
+    if given or (before and os.path.exists(before)):
+        return given or before
+    if before and checkpoint["dataset"] == "folder":
+        raise UserError(
+            f"the data that the checkpoint was trained on lay in {before!r}, where nothing is now: "
+            "say where they are with --data-dir"
+        )
+    return DATA_DIR.default
 
 
 def dataset_of(checkpoint: dict[str, Any], args: Namespace) -> Dataset:
@@ -35,11 +44,10 @@ def dataset_of(checkpoint: dict[str, Any], args: Namespace) -> Dataset:
 
     Raises UserError if it cannot be had, or if it is another, unless with --other-data.
     """
-    reading = Reading(**checkpoint.get("origin", {}).get("reading", {}))
-    data_dir, size = (
-        data_dir_of(checkpoint, args.data_dir),
-        checkpoint["model_config"]["image_size"],
-    )
+    origin = checkpoint.get("origin")
+    reading = Reading(**origin["reading"]) if origin else reading_from(args)
+    data_dir = data_dir_of(checkpoint, args.data_dir)
+    size = checkpoint["model_config"]["image_size"]
     dataset = load(checkpoint["dataset"], data_dir, size, reading)
     check_same_data(checkpoint, dataset, args, "the checkpoint")
     return dataset
@@ -51,28 +59,40 @@ def check_same_data(
     """Compare a data set with the one that a checkpoint was trained on.
 
     what: words for the checkpoint. Raises UserError if they differ, unless with --other-data,
-    which cannot change the number of classes.
+    which cannot change what the network takes and gives.
     """
-    origin = checkpoint.get("origin")
-    if origin is None:  # of version 0.1.0
-        return
-    differences = []
-    before, now = origin["classes"], list(dataset.classes)
-    if before != now:
-        differences.append(f"the classes were {', '.join(before)} and are {', '.join(now)}")
-    for split, found in dataset.origin["fingerprint"].items():
-        trained = origin["fingerprint"][split]
-        if trained != found:
-            differences.append(f"{split} was {trained}, and is {found}")
+    config, (channels, side, _) = checkpoint["model_config"], dataset.shape
+    before = "{channels}x{image_size}x{image_size} of {num_classes} classes".format(**config)
+    now = f"{channels}x{side}x{side} of {dataset.num_classes} classes"
+    fits = before == now
+    differences = [] if fits else [f"the images were {before} and are {now}"]
+    if origin := checkpoint.get("origin"):  # version 0.1.0 had none
+        differences += _differences(origin, dataset.origin)
     if not differences:
         return
-    where = Path(dataset.origin["data_dir"])
-    words = f"the data under {str(where)!r} are not those that {what} was trained on: "
+    where = dataset.origin["data_dir"]
+    words = f"the data under {where!r} are not those that {what} was trained on: "
     words += "; ".join(differences)
-    if args.other_data and len(before) == len(now):
+    if args.other_data and fits:
         print(f"{words}; going on, as --other-data says", flush=True)
         return
     advice = "name the right ones with --data-dir"
-    if len(before) == len(now):
+    if fits:
         advice += ", or go on deliberately with --other-data (training images may be in the test)"
     raise UserError(f"{words}: {advice}")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return in words what differs between the origins of two data sets."""
+    found = []
+    if before["classes"] != now["classes"]:
+        names = (", ".join(each["classes"]) for each in (before, now))
+        found.append("the classes were {} and are {}".format(*names))
+    for split, trained in before["fingerprint"].items():
+        if trained != now["fingerprint"][split]:
+            found.append(f"{split} was {trained}, and is {now['fingerprint'][split]}")
+    for name, trained in before["reading"].items():
+        if trained != now["reading"][name]:
+            flag = "--" + name.replace("_", "-")
+            found.append(f"{flag} was {trained}, and is {now['reading'][name]}")
+    return found

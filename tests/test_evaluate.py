@@ -12,8 +12,9 @@ from PIL import Image
 
 from sgld_nrg import evaluate, train_classifier
 from sgld_nrg.models import joint_energy, load_model, marginal_energy, predict
-from sgld_nrg.support import metrics, ood, plots
+from sgld_nrg.support import ood, plots, sample_metrics
 from sgld_nrg.support.checkpoints import load_checkpoint, save_checkpoint
+from sgld_nrg.support.commands import parse
 from sgld_nrg.support.data import TORCHVISION
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.parallel import Alone
@@ -112,7 +113,7 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
         with Image.open(report / name) as picture:
             assert picture.size[0] > 100
     assert "nan" not in text
-    assert "30 images, colour averaged to grey, resized from 12x12" in text
+    assert "my images: 30 images, colour, 12x12, uint8 from 0 to 255, as 1x8x8" in text
 
 
 def test_one_folder_keeps_a_feature_classifier_for_each_data_set(report, digits):
@@ -185,7 +186,7 @@ def test_long_chains_are_one_run_whose_first_row_is_the_restart_distribution(
     reference = predict(network.features, digits.test.images)
     for steps, more in (("0", 0), ("10", 10), ("30", 20)):
         x = study.extend(checkpoint, model, x, more, source)
-        distance = metrics.frechet_distance(predict(network.features, x), reference)
+        distance = sample_metrics.frechet_distance(predict(network.features, x), reference)
         row = measured["steps"][steps]
         assert row["frechet_distance"] == pytest.approx(distance)
         assert row["ratio_to_floor"] == pytest.approx(distance / measured["floor"])
@@ -222,36 +223,6 @@ def test_generated_sets_are_what_their_names_say(digits):
 
 
 @pytest.mark.parametrize(
-    "array",
-    [
-        np.full((5, 8, 8), 51, np.uint8),
-        np.full((5, 1, 8, 8), 0.2, np.float32),
-        np.full((5, 8, 8, 3), 51, np.uint8),
-        np.full((5, 3, 16, 16), 0.2),
-        np.full((5, 30, 20), 51, np.int64),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_arrays_of_any_layout_are_brought_to_the_models_shape(array, suffix, digits, tmp_path):
-    path = tmp_path / f"bilder ü{suffix}"
-    save = np.save if suffix == ".npy" else np.savez
-    save(path, array)
-    images, words = ood.load_ood(str(path), digits.test.images, "unused", 100, generator())
-    assert images.shape == (5, 1, 8, 8) and words
-    torch.testing.assert_close(images, torch.full_like(images, -0.6))
-
-
-def test_a_folder_of_images_of_unequal_sizes_is_read_and_resized(digits, tmp_path):
-    pictures = [("L", (8, 8)), ("RGB", (20, 10)), ("RGBA", (40, 40)), ("P", (9, 9))]
-    for index, (mode, size) in enumerate(pictures):
-        Image.new(mode, size).save(tmp_path / f"{index}.png")
-    (tmp_path / "notes.txt").write_text("no image")
-    images, words = ood.load_ood(str(tmp_path), digits.test.images, "unused", 100, generator())
-    assert images.shape == (4, 1, 8, 8) and (images <= -0.99).all()
-    assert "read as grey" in words and "resized" in words
-
-
-@pytest.mark.parametrize(
     "name, folder, stem",
     [
         ("fashion-mnist", "FashionMNIST", "t10k"),
@@ -268,12 +239,12 @@ def test_torchvisions_sets_are_read_from_their_files_the_right_way_up(
     picture[:7] = 255  # a bar at the top
     stored = picture.T if folder == "EMNIST" else picture
     for part in (stem, "train"):  # MNIST's kin want all four files
-        images = np.array([2051, 3, 28, 28], ">i4").tobytes() + np.stack([stored] * 3).tobytes()
-        labels = np.array([2049, 3], ">i4").tobytes() + bytes([1, 2, 3])
+        images = np.array([2051, 5, 28, 28], ">i4").tobytes() + np.stack([stored] * 5).tobytes()
+        labels = np.array([2049, 5], ">i4").tobytes() + bytes([1, 2, 3, 4, 5])
         (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     images, words = ood.load_ood(name, digits.test.images, tmp_path, 2, generator())
-    assert images.shape == (2, 1, 8, 8) and "resized from 28x28" in words
+    assert images.shape == (2, 1, 8, 8) and words == "grey, 28x28, uint8 from 0 to 255, as 1x8x8"
     assert (images[:, :, 0] > 0.9).all() and (images[:, :, 4:] < -0.9).all()
 
 
@@ -281,7 +252,8 @@ def test_without_names_a_data_set_is_not_told_from_itself(digits, monkeypatch):
     asked = []
     load = lambda name, *_: asked.append(name) or (digits.test.images[:20], "")  # noqa: E731
     monkeypatch.setattr(ood, "load_ood", load)
-    args = Namespace(ood=None, seed=0, data_dir="unused", download=False)
+    args = parse("evaluate", [])
+    assert args.ood is None
     detection.ood_sets(digits._replace(name="kmnist"), args, 20, CPU)
     known = [*ood.GENERATED, *TORCHVISION]
     assert asked == [name for name in known if name != "kmnist"] and len(asked) > 10
