@@ -173,7 +173,8 @@ class Chains:
         if args.from_images != "test":
             found = open_pictures(Path(args.from_images), reading_from(args))
             count = min(args.num, len(found))
-            print(f"read {count} of {len(found)} pictures: {found.words}")
+            shape = "x".join(map(str, self.shape))
+            print(f"read {count} of {len(found)} pictures ({found.words}) as {shape}")
             return read_all(found, range(count), self.shape)
         return dataset_of(self.checkpoint, args).test.images[: args.num]
 
@@ -246,8 +247,8 @@ def part_to_sample(part: str, shape: tuple[int, ...], reading: Reading = AS_FOUN
         free = read_all(open_pictures(Path(part), reading), [0], (1, height, width))[0, 0] > 0
     if not free.any() or free.all():
         raise UserError(
-            f"--inpaint {part!r} leaves nothing to sample or nothing to hold: "
-            "part of it must be white, part black"
+            f"--inpaint {part!r} leaves nothing to sample or nothing to hold: part of it must be "
+            f"white, part black (transparent parts are {reading.background}, by --background)"
         )
     return free.expand(1, channels, height, width)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -49,8 +50,15 @@ def check_draws(args: Namespace, drawn: int, ranks: int = 1) -> None:
         )
 
 
+def _check_reading(args: Namespace) -> None:
+    low, high = args.pixel_range or (0, 1)
+    if not (low < high and math.isfinite(high - low)):
+        raise UserError(f"--pixel-range {low:g} {high:g}: LOW, black, must be below HIGH, white")
+
+
 def _check_training(args: Namespace) -> None:
     """Complete the flags of either training script. Raises UserError if they contradict."""
+    _check_reading(args)
     if args.image_size and args.dataset != "folder":
         raise UserError(
             f"--image-size has no effect with --dataset {args.dataset}, whose images have one size"
@@ -88,6 +96,7 @@ def _check_train_jem(args: Namespace) -> None:
 
 
 def _check_sample(args: Namespace) -> None:
+    _check_reading(args)
     for name in CONDITIONS:
         classes = getattr(args, name)
         if classes and len(set(classes)) < len(classes):
@@ -140,6 +149,7 @@ def _check_sample(args: Namespace) -> None:
 
 
 def _check_evaluate(args: Namespace) -> None:
+    _check_reading(args)
     if "none" in args.attacks and len(args.attacks) > 1:
         raise UserError("--attacks none cannot stand beside a norm")
 

@@ -105,7 +105,7 @@ def _labels_in(path: Path, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
     if len(numbers) < 2:
         raise UserError(f"{found}, all {numbers[0]:g}: two classes at least are wanted")
     classes = max(fewest, len(numbers))
-    if numbers[-1] != classes - 1:
+    if numbers.tolist() != list(range(classes)):
         missing = next(number for number in range(classes + 1) if number not in numbers)
         last = max(numbers[-1], classes - 1)
         raise UserError(

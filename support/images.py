@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,9 @@ SLACK = 1e-3  # what rounding leaves outside a range, as a share of it: a quarte
 class Reading(NamedTuple):
     """How pictures are to be read when what they hold leaves it open.
 
-    pixel_range: (black, white) of the numbers of an array or a floating-point file; None: by their
-    type and range. channel_axis: "first" or "last" of an array; None: by its shape. background:
-    "white" or "black", what transparent pixels are laid over.
+    pixel_range: (black, white) of the numbers of an array, or of a file of more than 8 bits; None:
+    by their type and range. channel_axis: "first" or "last" of an array; None: by its shape.
+    background: "white" or "black", what transparent pixels are laid over.
     """
 
     pixel_range: tuple[float, float] | None = None
@@ -48,16 +48,9 @@ class Reading(NamedTuple):
 
 
 def reading_from(args: Namespace) -> Reading:
-    """Return what --pixel-range, --channel-axis and --background ask for.
-
-    Raises UserError for a range that is none.
-    """
-    if args.pixel_range is None:
-        return Reading(None, args.channel_axis, args.background)
-    low, high = args.pixel_range
-    if not (low < high and np.isfinite(high - low)):
-        raise UserError(f"--pixel-range {low:g} {high:g}: LOW, black, must be below HIGH, white")
-    return Reading((low, high), args.channel_axis, args.background)
+    """Return what --pixel-range, --channel-axis and --background ask for."""
+    pixel_range = tuple(args.pixel_range) if args.pixel_range else None
+    return Reading(pixel_range, args.channel_axis, args.background)
 
 
 AS_FOUND = Reading()
@@ -78,16 +71,6 @@ def open_pictures(path: Path, reading: Reading = AS_FOUND) -> Pictures:
     if path.suffix.lower() in (".npz", ".npy"):
         return ArrayPictures(path, array_in(path, "images"), reading)
     return FilePictures([path], reading)
-
-
-def load_images(path: str, shape: Sequence[int], limit: int, reading: Reading = AS_FOUND) -> Tensor:
-    """Load the first `limit` images that `open_pictures` finds.
-
-    shape: (C, H, W) that they are brought to. Returns (n, C, H, W) float, pixels in [-1, 1].
-    Raises UserError if they cannot be read.
-    """
-    found = open_pictures(Path(path), reading)
-    return read_all(found, range(min(limit, len(found))), shape)
 
 
 def read_all(found: Pictures, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -426,13 +409,13 @@ def array_in(path: Path, name: str, alone: bool = True) -> np.ndarray:
         unnamed = isinstance(loaded, np.ndarray)
         if unnamed and alone:
             return loaded
-        names = [] if unnamed else loaded.files
-        if name not in names and not (alone and len(names) == 1):
-            raise UserError(
-                f"{str(path)!r} holds {', '.join(names) or 'nothing with a name'} and no array "
-                f"{name!r}: add it, or call one of them {name!r}"
-            )
-        with loaded:
+        with nullcontext() if unnamed else loaded:
+            names = [] if unnamed else loaded.files
+            if name not in names and not (alone and len(names) == 1):
+                raise UserError(
+                    f"{str(path)!r} holds {', '.join(names) or 'nothing with a name'} and no array "
+                    f"{name!r}: add it, or call one of them {name!r}"
+                )
             array = loaded[name if name in names else names[0]]
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{name!r} in it is no array")

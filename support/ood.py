@@ -84,7 +84,7 @@ def load_ood(
             raw = np.stack([np.asarray(part[index][0]) for index in range(len(part))])
         else:
             raw = raw_images(part)
-        axis = "last" if raw.ndim == 4 and raw.shape[3] == 3 else "first"
+        axis = "first" if raw.ndim == 4 and raw.shape[1] == 3 else "last"
         whole = (0, 255) if raw.dtype == np.uint8 else None
         found = ArrayPictures(Path(name), raw, Reading(whole, axis))
     elif Path(name).exists():

@@ -61,18 +61,12 @@ def check_same_data(
     what: words for the checkpoint. Raises UserError if they differ, unless with --other-data,
     which cannot change what the network takes and gives.
     """
-    config, (channels, side, _) = checkpoint["model_config"], dataset.shape
-    before = "{channels}x{image_size}x{image_size} of {num_classes} classes".format(**config)
-    now = f"{channels}x{side}x{side} of {dataset.num_classes} classes"
-    fits = before == now
-    differences = [] if fits else [f"the images were {before} and are {now}"]
-    if origin := checkpoint.get("origin"):  # version 0.1.0 had none
-        differences += _differences(origin, dataset.origin)
-    if not differences:
+    found, fits = differences(checkpoint, dataset)
+    if not found:
         return
     where = dataset.origin["data_dir"]
-    words = f"the data under {where!r} are not those that {what} was trained on: "
-    words += "; ".join(differences)
+    under = f" under {where!r}" if where else ""
+    words = f"the data{under} are not those that {what} was trained on: {'; '.join(found)}"
     if args.other_data and fits:
         print(f"{words}; going on, as --other-data says", flush=True)
         return
@@ -80,6 +74,17 @@ def check_same_data(
     if fits:
         advice += ", or go on deliberately with --other-data (training images may be in the test)"
     raise UserError(f"{words}: {advice}")
+
+
+def differences(checkpoint: dict[str, Any], dataset: Dataset) -> tuple[list[str], bool]:
+    """Return in words how a data set differs from a checkpoint's, and whether the network fits."""
+    config, (channels, side, _) = checkpoint["model_config"], dataset.shape
+    before = "{channels}x{image_size}x{image_size} of {num_classes} classes".format(**config)
+    now = f"{channels}x{side}x{side} of {dataset.num_classes} classes"
+    found = [] if before == now else [f"the images were {before} and are {now}"]
+    if origin := checkpoint.get("origin"):  # version 0.1.0 had none
+        found += _differences(origin, dataset.origin)
+    return found, before == now
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

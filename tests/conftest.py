@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from sgld_nrg.support import checkpoints, data, plots
 from sgld_nrg.support.commands import parse
@@ -35,6 +36,16 @@ def training(dataset, folder, *flags, **rest):
     """Return a JEM's training on the CPU, in float32, that has not begun."""
     args = parse("train_jem", [*TINY, "--precision", "float32", *map(str, flags)])
     return Training(args, Setup(dataset, folder, torch.device("cpu"), Alone()), "jem", **rest)
+
+
+def write_folder(root, sizes, mode="L", side=8):
+    """Write sizes[name] pictures for each class, no two alike: class n has the grey n + 1."""
+    for label, (name, count) in enumerate(sizes.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            picture = Image.new("L", (side, side), label + 1)
+            picture.putpixel((side - 1, side - 1), number)
+            picture.convert(mode).save(root / name / f"{number}.png")
 
 
 class Bomb:

@@ -4,6 +4,7 @@ import importlib
 import os
 import pickle
 import shlex
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,25 @@ CASES = [
     ("sample", "--by-energy", "--source buffer"),
     ("sample", "--inpaint left", "--from-images"),
     ("sample", "--from-images {bad}/nowhere.png", "there is no"),
-    ("sample", "--from-images '{bad}/broken picture/a.png'", "cannot be read"),
+    ("sample", "--from-images '{bad}/broken picture/a.png'", "no image of a known kind"),
+    ("sample", "--from-images '{bad}/cut short.png'", "cannot be read"),
+    ("sample", "--from-images '{bad}/stray pixel.npy'", "from 0 to 1.02: what is black"),
+    ("sample", "--from-images '{bad}/stray pixel.npy' --pixel-range 0 1", "not within"),
+    ("sample", "--from-images '{bad}/stray pixel.npy' --pixel-range 1 0", "--pixel-range 1 0"),
+    ("sample", "--from-images '{bad}/stray pixel.npy' --pixel-range 1", "--pixel-range"),
+    ("sample", "--from-images '{bad}/by itself.npy'", "--channel-axis last"),
+    ("sample", "--from-images '{bad}/by itself.npy' --channel-axis middle", "--channel-axis"),
+    ("sample", "--from-images test --background grey", "--background"),
+    *[
+        ("sample", f"--from-images test --inpaint '{{bad}}/{name}'", says)
+        for name, says in (
+            ("nowhere.png", "there is no"),
+            ("broken picture/a.png", "no image of a known kind"),
+            ("white on paper.png", "nothing to hold"),
+            ("by itself.npy", "--channel-axis last"),
+            ("bits.npy", "uint8 of shape (1, 8, 8), from 0 to 1"),
+        )
+    ],
     ("sample", "--from-images {bad}/nan.npz", "finite"),
     # places that cannot be written to, or would be replaced
     ("train_jem", "--out-dir {run}", "--resume"),
@@ -130,12 +149,19 @@ CASES = [
             ("nan.npz", "finite"),
             ("no images.npz", "finite"),
             ("objects.npy", "no .npz or .npy"),
-            ("flat.npy", "shape"),
+            ("flat.npy", "float64 of shape (3, 4)"),
             ("half an archive.npz", "no .npz or .npy"),
             ("text.npz", "no .npz or .npy"),
-            ("bright.npy", "pixels from"),
+            ("bright.npy", "float64 of shape (5, 8, 8), from 300 to 300: what is black"),
+            ("stray pixel.npy", "float64 of shape (20, 8, 8), from 0 to 1.02: what is black"),
+            ("by itself.npy", "float64 of shape (8, 8, 3), from 0 to 1: one picture of 3"),
+            ("either axis.npy", "axis 1 or 3 may be the channels"),
+            ("bits.npy", "--pixel-range"),
+            ("too large.png", "cannot be read"),
+            ("cut short.png", "cannot be read"),
+            ("postscript.png", "no image of a known kind"),
             ("no pictures", "no image files"),
-            ("broken picture", "cannot be read"),
+            ("broken picture", "no image of a known kind"),
         )
     ],
     # data to train on
@@ -144,18 +170,19 @@ CASES = [
         for script in ("train_classifier", "train_jem")
         for name, says in (
             ("nowhere", "--data-dir"),
-            ("no pictures", "0 class folders"),
-            ("one class", "1 class folders"),
+            ("no pictures", "holds no image files"),
+            ("one class", "1 class folders with images (a)"),
             ("unequal sizes", "--image-size"),
-            ("broken class", "cannot be read"),
+            ("broken class", "no image of a known kind"),
             ("strange test", "not in train"),
+            ("flat test", "1 images and no class folders"),
             ("one picture each", "add images"),
             ("half an archive.npz", "no .npz or .npy"),
-            ("whole.npz", "must hold 'labels'"),
-            ("pickled labels.npz", "must hold 'labels'"),
+            ("whole.npz", "no array 'labels'"),
+            ("pickled labels.npz", "are Python objects"),
             ("labels with a gap.npz", "without gaps"),
-            ("too few labels.npz", "for each of its 50 images"),
-            ("oblong.npz", "not square (9x8)"),
+            ("too few labels.npz", "for each of the 50 images"),
+            ("oblong.npz", "not of one square size (9x8)"),
         )
     ],
     ("train_jem", "--dataset mnist --data-dir {empty}", "download failed"),
@@ -217,7 +244,24 @@ def bad(tiny_run, tmp_path_factory):
     np.savez(bad / "no images.npz", images=np.zeros((0, 8, 8)))
     np.save(bad / "objects.npy", np.array([Bomb(), Bomb()]), allow_pickle=True)
     np.save(bad / "flat.npy", np.zeros((3, 4)))
-    np.save(bad / "bright.npy", np.full((3, 8, 8), 300.0))
+    np.save(bad / "bright.npy", np.full((5, 8, 8), 300.0))
+    np.save(bad / "bits.npy", np.eye(8, dtype=np.uint8)[None])
+    np.save(bad / "by itself.npy", np.linspace(0, 1, 8 * 8 * 3).reshape(8, 8, 3))
+    np.save(bad / "either axis.npy", np.zeros((5, 3, 9, 3)))
+    stray = np.linspace(0, 1, 20 * 8 * 8).reshape(20, 8, 8)
+    stray[3, 4, 5] = 1.02
+    np.save(bad / "stray pixel.npy", stray)
+    paper = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    paper.paste((255, 255, 255, 255), (2, 2, 6, 6))
+    paper.save(bad / "white on paper.png")
+    (bad / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    whole = (bad / "white on paper.png").read_bytes()
+    (bad / "cut short.png").write_bytes(whole[:50])
+    size = whole.index(b"IHDR") + 4
+    header = whole[size - 4 : size] + np.array([20_000, 20_000], ">i4").tobytes()
+    header += whole[size + 8 : size + 13]
+    header += np.array(zlib.crc32(header), ">u4").tobytes()
+    (bad / "too large.png").write_bytes(whole[: size - 4] + header + whole[size + 17 :])
     np.savez(bad / "whole.npz", images=np.zeros((50, 8, 8)))
     for name, labels, shape in (
         ("pickled labels", np.array([Bomb()] * 50), (50, 8, 8)),
@@ -237,9 +281,11 @@ def bad(tiny_run, tmp_path_factory):
     for label in "ab":
         write_pictures(bad / "broken class" / label, 30)
         write_pictures(bad / "strange test" / "train" / label, 30)
+        write_pictures(bad / "flat test" / "train" / label, 30)
         write_pictures(bad / "one picture each" / label, 1)
     (bad / "broken class" / "b" / "7.png").write_bytes(b"no image")
     write_pictures(bad / "strange test" / "test" / "c", 3)
+    write_pictures(bad / "flat test" / "test", 1)
     write_mnist(bad / "mnist labels out of range", bytes([12]) + EVERY_CLASS[1:])
     write_mnist(bad / "mnist one class", bytes(60_000))
     write_mnist(bad / "mnist cut short", EVERY_CLASS, pixels=bytes(784 * 500))

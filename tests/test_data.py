@@ -9,8 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import generator, run
-from PIL import Image
+from conftest import generator, run, write_folder
 
 from sgld_nrg.support import data, plots
 from sgld_nrg.support.augment import augment
@@ -125,15 +124,6 @@ def test_truncated_mnist_files_are_named_as_damaged(tmp_path, no_network, name, 
     (raw / name).write_bytes((MNIST / name).read_bytes()[:keep])
     with pytest.raises(UserError, match="damaged"):
         data.load("mnist", tmp_path)
-
-
-def write_folder(root, sizes, mode="L", side=8):
-    """Write sizes[name] pictures for each class; those of class number n are all of grey n + 1."""
-    for label, (name, count) in enumerate(sizes.items()):
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            picture = Image.new("L", (side, side), label + 1).convert(mode)
-            picture.save(root / name / f"{number}.png")
 
 
 def test_a_folder_for_each_class_is_a_data_set(tmp_path):

@@ -15,6 +15,8 @@ from sgld_nrg.support.presets import BASE, PRESETS, WIDE_RESNET_SHAPE
 
 SCRIPTS = tuple(commands.SCRIPTS)
 SECONDS = 0.5  # for a whole process
+# flags whose default is another in a script that reads a checkpoint
+ASKS_THE_CHECKPOINT = ("steps", "step_size", "noise_std", "data_dir")
 # Runs a script as __main__ where importing any of these fails.
 WITHOUT_LIBRARIES = """
 import runpy, sys
@@ -93,7 +95,7 @@ def test_flags_that_scripts_share_have_one_type_default_and_help():
     seen = {}
     for script in SCRIPTS:
         for name, row in flags_of(script).items():
-            if name not in ("steps", "step_size", "noise_std"):  # sample.py asks the checkpoint
+            if name not in ASKS_THE_CHECKPOINT:
                 mine = (row.default, row.settings)
                 assert seen.setdefault(name, mine) == mine, name
 

@@ -36,18 +36,13 @@ def ood_sets(
     names = args.ood or [name for name in known if name != dataset.name]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--ood names {twice[0]!r} twice")
+    reading = reading_from(args)
     stems = [name if name in known else Path(name).stem for name in names]
     for name, stem in zip(names, stems, strict=True):
         generator = torch.Generator().manual_seed(args.seed)
         try:
             images, done = ood.load_ood(
-                name,
-                dataset.test.images,
-                args.data_dir,
-                limit,
-                generator,
-                args.download,
-                reading_from(args),
+                name, dataset.test.images, args.data_dir, limit, generator, args.download, reading
             )
         except UserError as error:
             if args.ood:
@@ -56,6 +51,8 @@ def ood_sets(
             continue
         label = stem if stems.count(stem) == 1 else name  # of two files of one name, the paths
         sets[label], described[label] = images.to(device), f"{len(images)} images, {done}"
+        if name not in known:
+            print(f"--ood {name}: {described[label]}", flush=True)
     return sets, described, skipped
 
 
