@@ -32,8 +32,9 @@ from sgld_nrg.support.commands import command_line
 from sgld_nrg.support.data import Dataset
 from sgld_nrg.support.devices import pick_device
 from sgld_nrg.support.errors import UserError, exits_cleanly
+from sgld_nrg.support.flags import DATA_DIR
 from sgld_nrg.support.log import git_commit, package_versions, report_files
-from sgld_nrg.support.origin import check_same_data, data_dir_of, dataset_of
+from sgld_nrg.support.origin import check_same_data, data_dir_of, dataset_of, differences
 from sgld_nrg.support.parallel import Alone, processes
 from sgld_nrg.support.report import (
     class_conditional,
@@ -67,6 +68,8 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
     args.data_dir = data_dir_of(checkpoint, args.data_dir)
     with ranks.first_on_each_node():
         dataset = dataset_of(checkpoint, args)
+    if dataset.name == "folder":  # torchvision's sets lie elsewhere, and are not to come here
+        args.data_dir = DATA_DIR.default
     sizes = sizes_of.DRY_RUN if args.dry_run else sizes_of.QUICK if args.quick else sizes_of.FULL
     sizes = {**sizes, "bins": args.bins, "longest": args.longest_chain or sizes["longest"]}
     models = {"jem": load_model(checkpoint, device).eval()}
@@ -122,6 +125,9 @@ def feature_network(
     def make() -> Checkpoint:
         path = place / "classifier.pt"
         found = load_checkpoint(path, "classifier") if path.exists() else None
+        if found and differences(found, dataset)[0]:
+            print(f"the feature network in {str(place)!r} was of other data: it is replaced")
+            found = None
         if found and found["finished"]:
             return found
         place.mkdir(exist_ok=True)

@@ -259,7 +259,10 @@ def check_against_checkpoint(args: Namespace, checkpoint: Checkpoint) -> None:
     for name in CONDITIONS:
         if classes := getattr(args, name):
             flag = "--" + name.replace("_", "-")
-            setattr(args, name, [_label_of(word, args.class_names, flag) for word in classes])
+            labels = [_label_of(word, args.class_names, flag) for word in classes]
+            if len(set(labels)) < len(labels):  # once by its name, once by its number
+                raise UserError(f"{flag} names a class twice")
+            setattr(args, name, labels)
     if args.class_label and args.source == "buffer" and not checkpoint["conditional"]:
         raise UserError(
             "the chains of this replay buffer have no class (it was trained without "
@@ -281,7 +284,9 @@ def _label_of(word: str, names: list[str], flag: str) -> int:
     if word.isdecimal() and int(word) < len(names) and not any(map(str.isdecimal, names)):
         return int(word)
     known = f"0 to {len(names) - 1}"
-    if named(names):
+    if any(map(str.isdecimal, names)) and named(names):
+        known = ", ".join(names)
+    elif named(names):
         known = ", ".join(f"{label} {name}" for label, name in enumerate(names))
     raise UserError(f"{flag} {word}: the model has the classes {known}")
 
@@ -302,7 +307,10 @@ def name_of(args: Namespace) -> str:
     words = ["samples", "images" if args.from_images else args.source]
     for name in CONDITIONS:
         if classes := getattr(args, name):
-            words += [name.removesuffix("_label"), *map(str, classes)]
+            shown = [args.class_names[label] for label in classes]
+            if not all(map(str.isdecimal, shown)):
+                shown = list(map(str, classes))
+            words += [name.removesuffix("_label"), *shown]
     if args.inpaint:
         words += ["inpaint", args.inpaint if args.inpaint in PARTS else Path(args.inpaint).stem]
     return "-".join(words + ["denoise"] * bool(args.denoise) + ["by-energy"] * args.by_energy)

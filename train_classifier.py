@@ -26,11 +26,11 @@ from torch.nn.functional import cross_entropy
 
 from sgld_nrg.models import load_model, predict
 from sgld_nrg.support.augment import augmented
-from sgld_nrg.support.checkpoints import Checkpoint, load_for_all
+from sgld_nrg.support.checkpoints import NEW_FLAGS, Checkpoint, load_for_all
 from sgld_nrg.support.data import Split
 from sgld_nrg.support.errors import UserError, exits_cleanly
 from sgld_nrg.support.log import report_files
-from sgld_nrg.support.origin import check_same_data
+from sgld_nrg.support.origin import check_same_data, differences
 from sgld_nrg.support.parser import plain
 from sgld_nrg.support.training import Setup, Training, model_config_from, set_up
 
@@ -42,7 +42,7 @@ PRETRAINING_FLAGS = (
     *("dataset", "image_size", "arch", "width", "depth", "stem_stride", "seed"),
     *("pretrain_epochs", "max_minutes", "batch_size", "optimizer", "lr", "lr_floor"),
     *("warmup_iterations", "weight_decay", "max_grad_norm", "ema_decay", "input_noise"),
-    *("augment", "flip_prob", "precision"),
+    *("augment", "flip_prob", "precision", "pixel_range", "channel_axis", "background"),
 )
 
 
@@ -105,7 +105,9 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
     path = Path(args.classifier or setup.folder / "classifier.pt")
     found = load_for_all(path, "classifier", setup.ranks, optional=not args.classifier)
     if not args.classifier:
-        found = _of_this_run(found, path, args)
+        found = _of_this_run(found, path, args, setup)
+    if found:
+        _check_fits(found, path, args, setup)
     if found is None or not (found["finished"] or args.classifier):
         print(f"no finished classifier in {setup.folder}: training one first", flush=True)
         args = Namespace(**{**vars(args), "epochs": args.pretrain_epochs})
@@ -113,6 +115,11 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
         found = train(args, setup, found, budget, AGAIN)
     else:
         print(f"starting from the classifier {path}", flush=True)
+    return found
+
+
+def _check_fits(found: Checkpoint, path: Path, args: Namespace, setup: Setup) -> None:
+    """Raise UserError for a classifier of another network or of other data."""
     wanted, name = model_config_from(args, setup.dataset), setup.dataset.name
     if found["model_config"] != wanted or found["dataset"] != name:
         raise UserError(
@@ -121,10 +128,11 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
             "give the same --arch, --width and --depth, or another --classifier"
         )
     check_same_data(found, setup.dataset, args, f"the classifier {path}")
-    return found
 
 
-def _of_this_run(found: Checkpoint | None, path: Path, args: Namespace) -> Checkpoint | None:
+def _of_this_run(
+    found: Checkpoint | None, path: Path, args: Namespace, setup: Setup
+) -> Checkpoint | None:
     """Return the classifier of a run's folder if this run may use it, None if it is replaced.
 
     One that a pretraining left must have this run's flags; one of train_classifier.py is the
@@ -140,7 +148,7 @@ def _of_this_run(found: Checkpoint | None, path: Path, args: Namespace) -> Check
             )
         return found
     for name in PRETRAINING_FLAGS:
-        before, now = found["args"].get(name), getattr(args, name)
+        before, now = {**NEW_FLAGS, **found["args"]}.get(name), getattr(args, name)
         if before != now and args.overwrite:
             print(f"the classifier {path} had {name} {before}, not {now}: it is replaced")
             return None
@@ -150,6 +158,10 @@ def _of_this_run(found: Checkpoint | None, path: Path, args: Namespace) -> Check
                 f"{str(path)!r} was pretrained with {flag} {before}, and this run has {now}: give "
                 f"the same flags, train it anew with --overwrite, or use it with --classifier"
             )
+    other, _ = differences(found, setup.dataset)
+    if other and args.overwrite and not args.other_data:
+        print(f"the classifier {path} was of other data ({'; '.join(other)}): it is replaced")
+        return None
     return found
 
 

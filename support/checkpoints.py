@@ -109,12 +109,10 @@ def open_checkpoint(path: Path, args: Namespace, ranks: Alone) -> Checkpoint | N
         raise UserError(
             f"nothing to resume: {str(path)!r} does not exist; leave out --resume to start a run"
         )
-    saved = dict(checkpoint["args"])
+    saved = {**NEW_FLAGS, **checkpoint["args"]}
     for name in GONE_FLAGS:
         if saved.pop(name, None):
             raise _other_version(path, name, "with")
-    for name, value in NEW_FLAGS.items():
-        saved.setdefault(name, value)
     for name in sorted(plain(args)):
         if name not in saved:
             raise _other_version(path, name, "without")
@@ -267,8 +265,8 @@ def _upgraded(state: Checkpoint) -> Checkpoint:
     if state["format"] == FORMATS[-1]:
         return state
     if "args" in state:
-        named = {FORMER_FLAGS.get(name, name): value for name, value in state["args"].items()}
-        state["args"] = named
+        former = state["args"].items()
+        state["args"] = {FORMER_FLAGS.get(name, name): value for name, value in former}
     if "training" in state:
         state["training"]["iteration"] = state["training"].pop("step")
     return state

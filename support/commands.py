@@ -63,6 +63,11 @@ def _check_training(args: Namespace) -> None:
         raise UserError(
             f"--image-size has no effect with --dataset {args.dataset}, whose images have one size"
         )
+    if args.dataset == "digits" and "data_dir" in args.given and not args.resume:
+        raise UserError(
+            "--data-dir has no effect with --dataset digits: name another --dataset, "
+            "--dataset folder for images of your own"
+        )
     if args.dry_run and args.resume:
         raise UserError("--dry-run keeps no file, so there is nothing for --resume to continue")
     if args.max_minutes and "epochs" not in args.given:

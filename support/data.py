@@ -141,7 +141,7 @@ def _dataset(
         # whatever the order of the pictures
         each = np.sort(part.marks.astype(np.uint64) * 4096 + part.labels.numpy().astype(np.uint64))
         fingerprint[split] = f"{len(part.labels)} images, {zlib.crc32(each.tobytes()):08x}"
-    where = str(Path(data_dir).resolve())
+    where = str(Path(data_dir).resolve()) if data_dir else ""  # the digits lie nowhere
     origin = {"classes": list(classes), "data_dir": where, "fingerprint": fingerprint}
     origin["reading"] = reading._asdict()
     return Dataset(name, len(classes), classes, origin, *splits)

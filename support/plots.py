@@ -268,8 +268,10 @@ def save_chains(
 
 def panels_of(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """Return a figure and its axes (rows, columns), each panel width x height inches."""
-    from matplotlib.figure import Figure  # here: a training draws no figure in its first seconds
+    import matplotlib  # here: a training draws no figure in its first seconds
+    from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # of the user's names, $ is a dollar
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

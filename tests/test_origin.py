@@ -11,13 +11,15 @@ import torch
 from conftest import run, write_folder
 from PIL import Image
 
-from sgld_nrg import train_classifier
+from sgld_nrg import evaluate, train_classifier
 from sgld_nrg.support import data, plots
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.commands import SHIPPED, parse
 from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.flags import DATA_DIR
 from sgld_nrg.support.images import Reading
 from sgld_nrg.support.origin import check_same_data, class_names, data_dir_of, dataset_of
+from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.report import study
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -385,3 +387,65 @@ def test_pictures_that_are_read_in_another_way_are_other_data(trained, capsys):
     args.other_data = True
     check_same_data(checkpoint, dark, args, "it")
     assert "--background was white, and is black; going on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change", [add, more_classes])
+def test_a_pretraining_goes_on_with_its_own_data_alone_and_overwrite_replaces_it(
+    place, capsys, change, finished
+):
+    path = place / "run" / "classifier.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "finished": finished}, path)
+    (place / "run" / "jem.pt").unlink()
+    before = path.read_bytes()
+    change(place / "mine")
+    flags = ("--dataset", "folder", "--data-dir", place / "mine", "--out-dir", place / "run")
+    assert "was trained on" in refused(capsys, "train_jem", *PRETRAINED, *flags)
+    assert path.read_bytes() == before
+    run("train_jem", *PRETRAINED, *flags, "--overwrite")
+    assert "it is replaced" in capsys.readouterr().out
+    now = data.load("folder", place / "mine").origin
+    assert load_checkpoint(path, "classifier")["origin"] == now
+
+
+def test_a_pretraining_with_other_background_is_not_taken_for_the_run_s_own(place, capsys):
+    (place / "run" / "jem.pt").unlink()
+    flags = ("--dataset", "folder", "--data-dir", place / "mine", "--out-dir", place / "run")
+    message = refused(capsys, "train_jem", *PRETRAINED, *flags, "--background", "black")
+    assert "--background white" in message
+
+
+def test_the_network_that_judges_samples_is_trained_anew_for_other_data(
+    trained, tmp_path, monkeypatch
+):
+    mine = data.load("folder", trained / "mine")
+    write_folder(tmp_path / "other", dict.fromkeys("abcd", 30))
+    other = data.load("folder", tmp_path / "other")
+    train, trainings = train_classifier.train, []
+
+    def counted(args, setup, *rest, **more):
+        args.epochs = 1
+        trainings.append(setup.dataset.num_classes)
+        return train(args, setup, *rest, **more)
+
+    monkeypatch.setattr(train_classifier, "train", counted)
+    for dataset in (mine, mine, other, other, mine):
+        network = evaluate.feature_network(dataset, tmp_path, torch.device("cpu"), Alone())
+        assert network(dataset.test.images).shape[1] == dataset.num_classes
+    assert trainings == [3, 4, 3]
+
+
+def test_the_digits_lie_nowhere_so_that_other_sets_are_looked_for_where_they_are(digits):
+    assert digits.origin["data_dir"] == ""
+    state = {"dataset": "digits", "origin": digits.origin}
+    assert data_dir_of(state, None) == DATA_DIR.default
+
+
+def test_a_class_that_is_named_twice_is_refused_however_it_is_named(place, capsys):
+    path = place / "run" / "jem.pt"
+    state = torch.load(path, weights_only=True)
+    state["origin"]["classes"] = ["ant", "bee", "cat"]
+    torch.save(state, path)
+    for flag in ("--class-label", "--mixture", "--interpolate"):
+        assert "twice" in refused(capsys, "sample", "--checkpoint", path, flag, "ant", 0)

@@ -20,6 +20,7 @@ from sgld_nrg.support.report.study import PRECISION, Study
 from sgld_nrg.support.report.words import interval, table
 
 SCORES = ("energy", "max_prob", "grad_norm")
+INSIDE = "test set"
 MEASURES = ("auroc", "average_precision", "fpr95")
 
 
@@ -34,11 +35,13 @@ def ood_sets(
     sets, described, skipped = {}, {}, []
     known = [*ood.GENERATED, *TORCHVISION]
     names = args.ood or [name for name in known if name != dataset.name]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--ood names {twice[0]!r} twice")
+    places = [name if name in known else str(Path(name).resolve()) for name in names]
+    for name, place in zip(names, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"--ood names {name!r} twice")
     reading = reading_from(args)
-    stems = [name if name in known else Path(name).stem for name in names]
-    for name, stem in zip(names, stems, strict=True):
+    stems = [Path(place).stem for place in places]
+    for name, stem, place in zip(names, stems, places, strict=True):
         generator = torch.Generator().manual_seed(args.seed)
         try:
             images, done = ood.load_ood(
@@ -49,7 +52,8 @@ def ood_sets(
                 raise
             skipped.append(str(error))
             continue
-        label = stem if stems.count(stem) == 1 else name  # of two files of one name, the paths
+        # of two files of one name, the paths
+        label = name if stems.count(stem) > 1 else place if stem == INSIDE else stem
         sets[label], described[label] = images.to(device), f"{len(images)} images, {done}"
         if name not in known:
             print(f"--ood {name}: {described[label]}", flush=True)
@@ -91,7 +95,7 @@ def measure(study: Study) -> dict[str, Any]:
     for model_name, model in study.models.items():
         inside = ood_scores(model, study.dataset.test.images.to(study.device))
         outside = {label: ood_scores(model, images) for label, images in sets.items()}
-        scored[model_name] = {"test set": inside, **outside}
+        scored[model_name] = {INSIDE: inside, **outside}
         results[model_name] = {
             label: {
                 score: detect(
