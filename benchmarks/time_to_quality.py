@@ -112,13 +112,14 @@ def train(
     points.mkdir(parents=True)
     flags_of_run = {
         "--dataset": args.dataset,
-        "--data-dir": args.data_dir,
         "--seed": seed,
         "--max-minutes": args.minutes,
         "--save-minutes": args.save_minutes,
         "--device": args.device,
         "--out-dir": folder,
     }
+    if args.dataset != "digits":  # which come with scikit-learn
+        flags_of_run["--data-dir"] = args.data_dir
     words = [str(word) for pair in flags_of_run.items() for word in pair]
     command = [sys.executable, str(HERE / "train_jem.py"), *words, *shlex.split(more)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
