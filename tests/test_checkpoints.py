@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 from argparse import Namespace
 
 import pytest
@@ -57,6 +58,20 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, mo
         save_checkpoint(path, "jem", finished=True)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["jem.pt"]
+
+
+def test_a_write_that_really_fails_leaves_no_temporary_file(tmp_path):
+    resource = pytest.importorskip("resource")  # the system refuses files beyond a size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*jem\.pt"):
+            save_checkpoint(tmp_path / "jem.pt", "jem", model=torch.zeros(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_last_two_checkpoints_stay_beside_the_new_one_and_a_damaged_one_names_them(tmp_path):

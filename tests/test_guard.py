@@ -204,6 +204,25 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
+def test_a_signal_in_an_iteration_that_diverges_finds_the_run_saved(tmp_path, monkeypatch, capsys):
+    iteration = train_jem.iteration
+
+    def both_at_once(job, *rest):
+        if job.iteration == 2:
+            job.signals.pending = signal.SIGTERM
+            raise FloatingPointError("damage")
+        return iteration(job, *rest)
+
+    monkeypatch.setattr(train_jem, "iteration", both_at_once)
+    with pytest.raises(SystemExit) as caught:
+        run("train_jem", *TINY, "--from-scratch", "--steps", 1, "--out-dir", tmp_path)
+    message = capsys.readouterr().err
+    assert caught.value.code == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped at iteration (\d+) and saved", message)[1])
+    training_state = load_checkpoint(tmp_path / "jem.pt", "jem")["training"]
+    assert (training_state["iteration"], training_state["rollbacks"]) == (step, 1)
+
+
 def test_a_resumed_run_goes_back_to_the_states_of_the_stopped_one(tmp_path, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*SABOTAGED, "--epochs", "3"]
