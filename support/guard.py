@@ -131,6 +131,7 @@ class Healthy:
 
     def resume(self, iterations: list[int]) -> None:
         """Take up the states that a checkpoint names, as far as they are there, or keep now's."""
+        self.named = list(iterations)  # what is resumed stays as the older checkpoint
         now, long_chains = self.buffer.state_dict(), self.buffer.long_chains
         for path in map(self._path, iterations):
             state = self.run.ranks.from_first(partial(read_state, path))
