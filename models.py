@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sgld_nrg.sgld import frozen
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.layers import BlockStem, FlattenLast, HalvingConv, MapHead
+from sgld_nrg.support.layers import BlockStem, FlattenLast, HalvingConv, MapHead, StandardisedConv
 
-ARCHITECTURES = ("small-cnn", "wide-resnet")
+ARCHITECTURES = ("small-cnn", "wide-resnet", "nf-resnet")
 
 
 def marginal_energy(logits: Tensor) -> Tensor:
@@ -170,6 +170,59 @@ class WideResNet(nn.Module):
         return self.head(self.features(x))
 
 
+class NFResidualBlock(nn.Module):
+    """Pre-activation block of two standardised 3x3 convolutions, on a branch whose gain is 0 first.
+
+    The shortcut of a block that changes the shape starts from the activations, as in He et al.'s.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.first = StandardisedConv(inputs, outputs, 3, stride=stride, padding=1)
+        self.second = StandardisedConv(outputs, outputs, 3, padding=1)
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else StandardisedConv(inputs, outputs, 1, stride=stride)
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inputs, H, W) to (N, outputs, H/stride, W/stride)."""
+        active = scaled_silu(x)
+        branch = self.second(scaled_silu(self.first(active)))
+        return (self.shortcut(active) if self.shortcut else x) + self.gain * branch
+
+
+class NFResNet(nn.Module):
+    """WRN-depth-width with scaled weight standardisation in place of batch statistics.
+
+    depth, width: as in `WideResNet`; the first layer has the first group's 16 * width channels.
+    Sources: Brock et al., "Characterizing signal propagation to close the performance gap in
+    unnormalized ResNets" (arXiv 2101.08692); the gains: De and Smith (arXiv 2002.10444).
+    """
+
+    def __init__(
+        self, num_classes: int, channels: int, image_size: int, width: int = 4, depth: int = 16
+    ):
+        super().__init__()
+        inputs = 16 * width
+        layers: list[nn.Module] = [StandardisedConv(channels, inputs, 3, padding=1)]
+        for group in range(3):
+            for block in range((depth - 4) // 6):
+                outputs, stride = (16 << group) * width, 2 if group > 0 and block == 0 else 1
+                layers.append(NFResidualBlock(inputs, outputs, stride))
+                inputs = outputs
+        self.features = nn.Sequential(*layers, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
+        return self.head(self.features(x))
+
+
+def scaled_silu(x: Tensor) -> Tensor:
+    """Return silu(x) / sd(silu(z)), z ~ N(0, 1), which keeps a unit variance."""
+    return nn.functional.silu(x) * 1.7881
+
+
 def build_model(
     arch: str,
     num_classes: int,
@@ -199,10 +252,11 @@ def build_model(
                 "lower depth"
             )
         network = SmallCNN(num_classes, channels, image_size, width, depth, stem_stride)
-    elif arch == "wide-resnet":
+    elif arch in ("wide-resnet", "nf-resnet"):
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"a wide-resnet has depth 6n + 4 (10, 16, 22, 28, ...), not {depth}")
-        network = WideResNet(num_classes, channels, image_size, width, depth)
+            raise ValueError(f"{arch}: depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+        kind = WideResNet if arch == "wide-resnet" else NFResNet
+        network = kind(num_classes, channels, image_size, width, depth)
     else:
         raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}")
     return network.to(memory_format=torch.channels_last)

@@ -42,7 +42,7 @@ PRETRAINING_FLAGS = (
     *("dataset", "image_size", "arch", "width", "depth", "stem_stride", "seed"),
     *("pretrain_epochs", "max_minutes", "batch_size", "optimizer", "lr", "lr_floor"),
     *("warmup_iterations", "weight_decay", "max_grad_norm", "ema_decay", "input_noise"),
-    *("augment", "flip_prob", "precision", "pixel_range", "channel_axis", "background"),
+    *("augment", "shift", "flip_prob", "precision", "pixel_range", "channel_axis", "background"),
 )
 
 

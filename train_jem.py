@@ -23,13 +23,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 from sgld_nrg import train_classifier
 from sgld_nrg.models import joint_energy, load_model, marginal_energy, predict
 from sgld_nrg.sgld import Langevin
 from sgld_nrg.support.attacks import single_step
-from sgld_nrg.support.augment import add_noise, augmented
+from sgld_nrg.support.augment import add_noise, augmented, recast
 from sgld_nrg.support.checkpoints import Checkpoint
 from sgld_nrg.support.errors import exits_cleanly
 from sgld_nrg.support.guard import Guard, Healthy, largest_gap
@@ -165,6 +165,23 @@ def energy_regulariser(energy_positive: Tensor, energy_negative: Tensor) -> Tens
     return energy_positive.square().mean() + energy_negative.square().mean()
 
 
+def outlier_loss(energy_positive: Tensor, energy_outliers: Tensor, margin: float) -> Tensor:
+    """Return mean softplus(mean E(data) + margin - E(outliers)): log-loss of telling them apart.
+
+    energy_positive: (N,), energy_outliers: (M,) float. margin: nat. exp(-E) of an outlier against
+    exp(-margin) times that of data are the odds of a logistic regression, and this is minus its
+    log-likelihood. The energy loss alone says nothing about E where neither data nor chains go;
+    this holds it above the data's there, and has no gradient once it is.
+    Sources: Hendrycks et al., "Deep anomaly detection with outlier exposure" (arXiv 1812.04606);
+    Liu et al., "Energy-based out-of-distribution detection" (arXiv 2010.03759), section 3.3, whose
+    hinge is squared and has a bound for each side.
+
+    >>> outlier_loss(torch.tensor([-3.0, -1.0]), torch.tensor([18.0]), margin=20.0)
+    tensor(0.6931)
+    """
+    return softplus(energy_positive.mean() + margin - energy_outliers).mean()
+
+
 def iteration(
     run: Training,
     buffer: ReplayBuffer,
@@ -179,55 +196,77 @@ def iteration(
     Nothing here waits for a GPU, so that it can be captured as a CUDA graph; the update follows in
     `train`. Returns what is to be logged: {name: scalar tensor}, of the names in log.COLUMNS.
     """
-    args, generator, class_conditional = run.settings, run.generator, run.settings.p_xy_weight > 0
+    args, generator = run.settings, run.generator
+    class_conditional = args.p_xy_weight > 0
+    density = class_conditional or args.p_x_weight > 0  # else the cross-entropy is all
 
     # negative samples: persistent chains, moved on by some Langevin steps
-    slots, starts, chain_labels = buffer.draw(args.chain_batch_size // run.ranks.count, generator)
-    chains = run.run_chains(
-        run.energy,
-        starts,
-        steps,
-        langevin,
-        labels=chain_labels if class_conditional else None,
-        module=run.model,
-        generator=generator,
-        check=run.checks_chains,
-    )
-    buffer.put(slots, chains, steps)
+    parts = {}
+    if density:
+        count = args.chain_batch_size // run.ranks.count
+        slots, starts, chain_labels = buffer.draw(count, generator)
+        chains = run.run_chains(
+            run.energy,
+            starts,
+            steps,
+            langevin,
+            labels=chain_labels if class_conditional else None,
+            module=run.model,
+            generator=generator,
+            check=run.checks_chains,
+        )
+        buffer.put(slots, chains, steps)
+        parts["chains"] = chains
 
     # positive samples: data, and for the cross-entropy harder versions of them
     positives = add_noise(images, args.input_noise, generator)
     if args.clamp:
         positives = positives.clamp(-args.clamp, args.clamp)  # data lie where the chains can go
-    parts = [positives, chains]
+    parts = {"data": positives, **parts}
     if args.clean_share < 1:
-        parts.append(attacked(run, augmented(images, args, generator), labels))
+        parts["hard"] = attacked(run, augmented(images, args, generator), labels)
 
-    all_logits = run.logits_for_loss(torch.cat(parts))
-    logits, chain_logits, *hard_logits = all_logits.split([len(part) for part in parts])
-    energy_positive, energy_negative = marginal_energy(logits), marginal_energy(chain_logits)
+    # outliers, where neither data nor chains ever go
+    outliers = round(args.outlier_share * len(images)) if density and args.outlier_weight else 0
+    if outliers:
+        parts["outliers"] = recast(positives[:outliers], generator)
 
-    cross = args.clean_share * cross_entropy(logits, labels)
-    if args.clean_share < 1:
-        cross = cross + (1 - args.clean_share) * cross_entropy(hard_logits[0], labels)
+    sizes = [len(part) for part in parts.values()]
+    logits_of_all = run.logits_for_loss(torch.cat(list(parts.values())))
+    logits = dict(zip(parts, logits_of_all.split(sizes), strict=True))
+    energy = {name: marginal_energy(part) for name, part in logits.items()}
+
+    cross = args.clean_share * cross_entropy(logits["data"], labels)
+    if "hard" in parts:
+        cross = cross + (1 - args.clean_share) * cross_entropy(logits["hard"], labels)
     loss = args.p_y_given_x_weight * cross
-    loss = loss + args.p_x_weight * energy_loss(energy_positive, energy_negative)
+    if density:
+        loss = loss + args.p_x_weight * energy_loss(energy["data"], energy["chains"])
+        loss = loss + args.energy_reg * energy_regulariser(energy["data"], energy["chains"])
     if class_conditional:
-        positive, negative = joint_energy(logits, labels), joint_energy(chain_logits, chain_labels)
+        positive = joint_energy(logits["data"], labels)
+        negative = joint_energy(logits["chains"], chain_labels)
         loss = loss + args.p_xy_weight * energy_loss(positive, negative)
-    loss = loss + args.energy_reg * energy_regulariser(energy_positive, energy_negative)
+    if outliers:
+        margin = args.outlier_margin
+        loss = loss + args.outlier_weight * outlier_loss(energy["data"], energy["outliers"], margin)
     run.backward(loss)
 
     values = {
         "cross_entropy": cross,
-        "accuracy": (logits.argmax(1) == labels).float().mean(),
-        "energy_positive": energy_positive.mean(),
-        "energy_negative": energy_negative.mean(),
-        "energy_gap": energy_negative.mean() - energy_positive.mean(),
-        "chain_displacement": (chains - starts).flatten(1).norm(dim=1).mean(),
-        "chain_saturated": (chains.abs() >= 1).float().mean(),
-        "chain_age": buffer.ages.float().mean(),
+        "accuracy": (logits["data"].argmax(1) == labels).float().mean(),
+        "energy_positive": energy["data"].mean(),
     }
+    if density:
+        values |= {
+            "energy_negative": energy["chains"].mean(),
+            "energy_gap": energy["chains"].mean() - energy["data"].mean(),
+            "chain_displacement": (chains - starts).flatten(1).norm(dim=1).mean(),
+            "chain_saturated": (chains.abs() >= 1).float().mean(),
+            "chain_age": buffer.ages.float().mean(),
+        }
+    if outliers:
+        values["energy_outliers"] = energy["outliers"].mean()
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -276,6 +315,7 @@ def train(
     chains = (args.long_chains, args.long_share)
     buffer = ReplayBuffer(args.buffer_size, restart, args.reinit_prob, device, source, *chains)
     guard, checkpoint = Guard(), resumed
+    guarded = not args.no_guard and (args.p_x_weight > 0 or args.p_xy_weight > 0)
     if resumed:
         buffer.load_state_dict(resumed["buffer"])
         guard.load_state_dict(resumed["guard"])
@@ -298,7 +338,7 @@ def train(
                 row = run.write_row(val_cross_entropy=val_loss, val_accuracy=val_accuracy)
             elif run.iteration % args.log_every == 0:
                 row = run.write_row()
-            if row and not args.no_guard and guard.judge(row, largest_gap(run.settings)):
+            if row and guarded and guard.judge(row, largest_gap(run.settings)):
                 healthy.keep()
             due, rolled_back = run.save_is_due(), False
             if due:

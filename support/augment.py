@@ -7,13 +7,15 @@ from argparse import Namespace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, pad
 
 
 def augmented(images: Tensor, args: Namespace, generator: torch.Generator) -> Tensor:
-    """Return images as --augment, --flip-prob and --input-noise ask for them."""
-    if args.augment or args.flip_prob:
+    """Return images as --augment, --shift, --flip-prob and --input-noise ask for them."""
+    if args.augment:
         images = augment(images, args.augment, generator, args.flip_prob)
+    elif args.flip_prob or args.shift:
+        images = shifted(images, args.shift, generator, args.flip_prob)
     return add_noise(images, args.input_noise, generator)
 
 
@@ -52,6 +54,42 @@ def augment(
     if images.shape[1] == 3:
         return grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     return grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def shifted(
+    images: Tensor, pixels: int, generator: torch.Generator | None = None, flip_prob: float = 0.0
+) -> Tensor:
+    """Shift each image by whole pixels of its own, and mirror some: no pixel is interpolated.
+
+    images: (N, C, H, W) float, pixels in [-1, 1]; what comes in from outside is background, -1, or
+    for colour the image reflected. pixels: 0 up to the side - 1, the largest shift in each
+    direction. flip_prob: probability that an image is mirrored left to right, 0..1.
+    Returns images of the same shape.
+    """
+    count, channels, height, width = images.shape
+    draws = torch.rand((3, count), device=images.device, generator=generator)
+    down, right = (draws[:2] * (2 * pixels + 1)).long().clamp_max(2 * pixels)
+    rows = down[:, None] + torch.arange(height, device=images.device)  # (N, H), of the padded image
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    columns = torch.where((draws[2] < flip_prob)[:, None], columns.flip(1), columns)
+    columns = right[:, None] + columns
+    sides = (pixels,) * 4
+    padded = pad(images, sides, "reflect") if channels == 3 else pad(images, sides, value=-1.0)
+    which = torch.arange(count, device=images.device)[:, None, None]
+    moved = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
+
+
+def recast(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return a x + b of each image x, a and b uniform on [-1, 1], clamped there: mostly no data.
+
+    images: (N, C, H, W) float, pixels in [-1, 1]. a is drawn for each image and b for each of its
+    channels: faint, inverted and one-colour pictures are among them. Returns the same shape.
+    """
+    count, channels = images.shape[:2]
+    draws = torch.rand((count, 1 + channels, 1, 1), device=images.device, generator=generator)
+    contrast, brightness = (2 * draws - 1).split([1, channels], dim=1)
+    return (contrast * images + brightness).clamp(-1, 1)
 
 
 @functools.cache

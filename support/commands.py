@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sgld_nrg.support import flags
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.parser import HERE, Group, Parser
-from sgld_nrg.support.presets import BASE, PRESETS, WIDE_RESNET_SHAPE
+from sgld_nrg.support.presets import BASE, PRESETS, SHAPES
 
 SHIPPED = str(HERE / "results" / "mnist-ten-minutes.pt")
 OWN = os.path.join("results", "digits", "jem.pt")
@@ -22,8 +22,8 @@ def _preset(values: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of a training script: those of the preset that its flags imply."""
     preset = {**PRESETS[values["preset"] or values["dataset"]]}
     preset["out_dir"] = os.path.join("results", values["dataset"])
-    if values["arch"] == "wide-resnet":
-        preset |= WIDE_RESNET_SHAPE
+    if values["arch"] in SHAPES:
+        preset |= SHAPES[values["arch"]]
     return preset
 
 
@@ -83,11 +83,8 @@ def _check_train_jem(args: Namespace) -> None:
                 "log p(x, y) contains log p(x)"
             )
         args.p_x_weight = 0.0
-    if not args.p_x_weight and not args.p_xy_weight:
-        raise UserError(
-            "without --p-x-weight or --p-xy-weight there is no density to train: "
-            "use train_classifier.py"
-        )
+    if args.augment and args.shift:
+        raise UserError("--augment shifts too: set one of --augment and --shift to 0")
     if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
         raise UserError(
             "--pretrain-epochs has no effect with --classifier or --from-scratch, "

@@ -105,11 +105,11 @@ DATA: Group = (
 MODEL: Group = (
     "model",
     (
-        flag("--arch", str, "network", choices=("small-cnn", "wide-resnet")),
+        flag("--arch", str, "network", choices=("small-cnn", "wide-resnet", "nf-resnet")),
         flag(
-            "--width", positive_int, "small-cnn: channels of the first layer; wide-resnet: factor"
+            "--width", positive_int, "small-cnn: channels of the first layer; the resnets: factor"
         ),
-        flag("--depth", positive_int, "small-cnn: halving layers; wide-resnet: 6n + 4 layers"),
+        flag("--depth", positive_int, "small-cnn: halving layers; the resnets: 6n + 4 layers"),
         flag(
             "--stem-stride",
             int,
@@ -147,6 +147,12 @@ OPTIMISATION = (
         "for the cross-entropy alone: strength of random rotation, zoom, shear and shift, 1 being "
         "11 degrees, 10 %%, 0.15 and a fourteenth of the side; 0: off",
     ),
+    flag(
+        "--shift",
+        count,
+        "for the cross-entropy alone: largest random shift in pixels, which unlike --augment "
+        "interpolates nothing; 0: off",
+    ),
     flag("--flip-prob", fraction, "for the cross-entropy alone: probability of mirroring an image"),
     PRECISION,
 )
@@ -160,7 +166,12 @@ LOSS: Group = (
     "loss",
     (
         flag("--p-y-given-x-weight", non_negative, "weight of log p(y|x), the cross-entropy", 1.0),
-        flag("--p-x-weight", non_negative, "weight of log p(x), the marginal density"),
+        flag(
+            "--p-x-weight",
+            non_negative,
+            "weight of log p(x), the marginal density; 0: none, the cross-entropy alone, for the "
+            "control that shows what augmentation and attacks do by themselves",
+        ),
         flag(
             "--p-xy-weight",
             non_negative,
@@ -168,6 +179,16 @@ LOSS: Group = (
             0.0,
         ),
         flag("--energy-reg", non_negative, "weight of the regulariser: mean E^2, data and chains"),
+        flag(
+            "--outlier-weight",
+            non_negative,
+            "weight of the loss that keeps the energy of outliers, data of another contrast and "
+            "brightness, above the data's; 0: off",
+        ),
+        flag("--outlier-share", fraction, "outliers in an iteration, as a share of --batch-size"),
+        flag(
+            "--outlier-margin", non_negative, "how far above the data's their energy is to be, nat"
+        ),
         flag("--clean-share", fraction, "share of the cross-entropy on images as they are"),
         flag(
             "--adversarial-eps",

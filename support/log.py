@@ -34,6 +34,7 @@ COLUMNS = {
     "energy_positive": "mean E on training batches",
     "energy_negative": "mean E on the chains after their Langevin steps",
     "energy_gap": "energy_negative - energy_positive",
+    "energy_outliers": "mean E on the outliers, if there are any",
     "chain_displacement": "mean L2 distance between a chain's start and end in an iteration",
     "chain_saturated": "share of the chains' pixels at or beyond -1 or 1",
     "chain_age": "mean over the replay buffer of Langevin steps since the chain's restart",
@@ -81,14 +82,14 @@ class MetricsLog:
                 columns, rows = _columns_and_rows(self.path)
             except UnicodeDecodeError:
                 columns = []
-            if columns != list(COLUMNS):
+            if "iteration" not in columns or not set(columns) <= set(COLUMNS):
                 raise UserError(
                     f"{str(self.path)!r} is no metrics file of this project: "
                     "name another folder with --out-dir"
                 )
         last = -1 if resumed_at is None else resumed_at
         with replacing(self.path) as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, restval="")  # an earlier version has fewer
             writer.writeheader()
             for row in rows:
                 if row["phase"] != self.phase or int(row["iteration"]) <= last:

@@ -29,12 +29,16 @@ BASE: Preset = {
     "ema_decay": 0.99,
     "input_noise": 0.05,
     "augment": 0.0,
+    "shift": 0,
     "flip_prob": 0.0,
     "clean_share": 1.0,
     "adversarial_eps": 0.0,
     "attack_share": 1.0,
     "p_x_weight": 0.3,
     "energy_reg": 0.001,
+    "outlier_weight": 0.0,
+    "outlier_share": 0.125,
+    "outlier_margin": 20.0,
     "chain_batch_size": 64,
     "first_steps": 0,
     "steps": 10,
@@ -163,6 +167,9 @@ OF_DATASET = {
     "svhn": SVHN,
 }
 PRESETS = {**OF_DATASET, "mnist-hour": MNIST_HOUR, "paper": PAPER}
-# A wide-resnet that a laptop can train; the paper's is --width 10 --depth 28.
-WIDE_RESNET_SHAPE: Preset = {"width": 2, "depth": 10, "stem_stride": 1}
+# Shapes of other networks than a preset's own; the paper's wide-resnet is --width 10 --depth 28.
+SHAPES: dict[str, Preset] = {
+    "wide-resnet": {"width": 2, "depth": 10, "stem_stride": 1},
+    "nf-resnet": {"width": 4, "depth": 16, "stem_stride": 1},
+}
 FRESH_STEPS = 30  # of a fresh chain by default: on the validation splits chains are best near it

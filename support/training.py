@@ -71,6 +71,10 @@ def set_up(args: Namespace, phase: str) -> Iterator[tuple[Setup, Checkpoint | No
 def model_config_from(args: Namespace, dataset: Dataset) -> dict[str, Any]:
     """Return the model_config for a data set. Raises UserError for a shape that no network has."""
     channels, size, _ = dataset.shape
+    if args.shift >= size:
+        raise UserError(
+            f"--shift {args.shift} moves images of {size} pixels out of sight: lower it"
+        )
     config = {
         "arch": args.arch,
         "num_classes": dataset.num_classes,

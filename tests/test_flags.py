@@ -11,7 +11,7 @@ from conftest import ROOT
 from sgld_nrg.support import commands
 from sgld_nrg.support.commands import parse
 from sgld_nrg.support.parser import Either
-from sgld_nrg.support.presets import BASE, PRESETS, WIDE_RESNET_SHAPE
+from sgld_nrg.support.presets import BASE, PRESETS, SHAPES
 
 SCRIPTS = tuple(commands.SCRIPTS)
 SECONDS = 0.5  # for a whole process
@@ -108,7 +108,7 @@ def test_every_preset_sets_the_same_flags_and_each_is_a_flag_without_another_def
             kind = flags[name].settings.get("type")
             assert flags[name].default is None
             assert kind is None or kind(str(value)) == value
-    assert WIDE_RESNET_SHAPE.keys() < BASE.keys()
+    assert all(shape.keys() < BASE.keys() for shape in SHAPES.values())
 
 
 def test_a_preset_follows_the_data_set_and_any_flag_overrides_it():
@@ -121,4 +121,4 @@ def test_a_preset_follows_the_data_set_and_any_flag_overrides_it():
     assert mine.flip_prob == 0.5 and mine.out_dir.endswith("folder")
     assert "preset cifar10" in commands.describe_settings(mine)
     wide = parse("train_jem", ["--arch", "wide-resnet"])
-    assert (wide.width, wide.depth, wide.stem_stride) == tuple(WIDE_RESNET_SHAPE.values())
+    assert (wide.width, wide.depth, wide.stem_stride) == tuple(SHAPES["wide-resnet"].values())
