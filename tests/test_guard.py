@@ -61,7 +61,8 @@ def test_healthy_rows_raise_no_alarm_from_a_rough_start_on():
     [
         ({"energy_gap": 9.0}, "energy gap 9"),
         ({"energy_gap": -9.0}, "energy gap -9"),
-        ({"energy_positive": 80.0}, "energy level"),
+        ({"energy_positive": 80.0}, "energy level 80"),
+        ({"energy_positive": -80.0}, "energy level -80"),
         ({"accuracy": 0.4}, "accuracy 0.4 after 0.95"),
         ({"chain_saturated": 0.99}, "saturated chains 0.99"),
     ],
@@ -262,6 +263,22 @@ def test_a_run_that_goes_the_same_way_after_a_rollback_is_found_again(tmp_path, 
         assert guard.out == 0 and guard.near == SETTLED_ROWS
     healthy.roll_back(Diverged("once more"))
     assert job.iteration == 0 and guard.near == 0  # each state is gone back to once
+
+
+def test_chains_that_are_broken_in_a_healthy_state_restart_at_a_rollback(tmp_path, digits):
+    job = training(digits, tmp_path)
+    job.open()
+    buffer = ReplayBuffer(64, UniformRestart(digits.shape, 10), 0.0)
+    buffer.images[3], buffer.images[40, 0, 0, 0] = math.nan, math.inf
+    buffer.ages.fill_(5)
+    before = buffer.images.clone()
+    healthy = Healthy(job, buffer, Guard())
+    healthy.keep()
+    healthy.roll_back(Diverged("damage"))
+    whole = torch.isfinite(before).flatten(1).all(1)
+    assert whole.sum() == 62 and torch.equal(buffer.images[whole], before[whole])
+    assert buffer.images.abs().max() <= 1  # no NaN either
+    assert buffer.ages.tolist() == torch.where(whole, 5, 0).tolist()
 
 
 def test_without_the_guard_only_what_is_not_finite_ends_a_run_and_is_named(

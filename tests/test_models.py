@@ -18,7 +18,8 @@ from sgld_nrg.models import (
 )
 from sgld_nrg.support.layers import BlockStem, HalvingConv
 
-SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": {"width": 1, "depth": 10}}
+RESNET = {"width": 1, "depth": 10}
+SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": RESNET, "nf-resnet": RESNET}
 
 
 def make(arch, **rest):
@@ -109,6 +110,15 @@ def test_a_strided_stem_shrinks_the_map_like_stages(stem_stride, depth, width):
     plain = make("small-cnn", image_size=28, depth=3, width=2)
     assert small.head.in_features == plain.head.in_features == 4 * 4 * 9
     assert small(torch.zeros(2, 1, 28, 28)).shape == (2, 5)
+
+
+def test_the_head_reads_the_maps_in_the_order_of_torchs_own_flatten():
+    model, plain = make("small-cnn", image_size=16), nn.Linear(16 * 4 * 4, 5)
+    plain.load_state_dict(model.head.state_dict())
+    images = torch.randn(3, 1, 16, 16)
+    maps = model.features[:-1](images)
+    assert maps.shape == (3, 16, 4, 4)
+    torch.testing.assert_close(model(images), plain(maps.flatten(1)))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -68,6 +68,18 @@ def test_a_class_of_two_clusters_is_drawn_from_a_gaussian_for_each():
     assert torch.equal(first, second)
 
 
+def test_each_class_is_drawn_from_its_own_gaussians_as_often_as_they_weigh():
+    means = torch.arange(6).view(6, 1) / 10
+    weights = torch.tensor([[1.0, 2.0, 1.0], [3.0, 1.0, 0.0]])
+    restart = GaussianRestart(means, torch.zeros(6, 1, 1), (1,), weights)
+    labels = torch.tensor([0, 1]).repeat_interleave(4000)
+    found = (10 * restart.draw(labels, generator())).round().long().view(2, 4000)
+    counts = torch.stack([row.bincount(minlength=6) for row in found])
+    wanted = torch.tensor([[1000, 2000, 1000, 0, 0, 0], [0, 0, 0, 3000, 1000, 0]])
+    torch.testing.assert_close(counts, wanted, atol=5 * 1000**0.5, rtol=0)
+    assert not counts[wanted == 0].any()
+
+
 def test_rows_that_are_wanted_do_not_depend_on_which_others_are():
     restart = GaussianRestart(torch.rand(3, 8), torch.rand(3, 8, 2), (8,))
     labels, wanted = torch.arange(60) % 3, torch.arange(60) % 7 == 0

@@ -6,6 +6,8 @@ from conftest import run
 from sgld_nrg import train_classifier
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.log import read_metrics
+from sgld_nrg.support.schedule import epoch_order
+from sgld_nrg.support.training import Training
 
 FLAGS = ["--dataset", "digits", "--width", "8", "--warmup-iterations", "20"]
 
@@ -42,6 +44,19 @@ def test_the_checkpoint_keeps_the_epoch_of_the_lowest_validation_cross_entropy(
     for name, kept in checkpoint["model"].items():
         assert torch.equal(kept, second[name]) and torch.equal(kept, tested[name])
         assert not torch.equal(kept, first[name]) and not torch.equal(kept, third[name])
+
+
+def test_the_network_sees_the_images_of_the_batch_augmented(
+    tmp_path, monkeypatch, digits, no_curves
+):
+    seen, logits = [], Training.logits_for_loss
+    monkeypatch.setattr(
+        Training, "logits_for_loss", lambda self, x: logits(self, seen.append(x) or x)
+    )
+    flags = "--augment 1 --input-noise 0 --batch-size 314 --epochs 1"
+    run("train_classifier", *FLAGS, *flags.split(), "--out-dir", tmp_path)
+    images = digits.train.images[epoch_order(1257, 0, 0)[: 4 * 314]]
+    assert (torch.cat(seen) != images).flatten(1).any(1).all()
 
 
 def test_the_loss_and_the_accuracy_of_a_split_are_those_of_its_logits(digits):

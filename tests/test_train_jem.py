@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from sgld_nrg import train_classifier, train_jem
 from sgld_nrg.models import build_model, energy_of, joint_energy, load_model, marginal_energy
-from sgld_nrg.sgld import Langevin
+from sgld_nrg.sgld import Langevin, run_chains
 from sgld_nrg.support.checkpoints import langevin_from, load_checkpoint
 from sgld_nrg.support.commands import parse
 from sgld_nrg.support.log import read_metrics
@@ -136,20 +136,26 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
     tmp_path, digits, monkeypatch, density, conditional, hard
 ):
     flags = "--batch-size 16 --chain-batch-size 16 --buffer-size 16 --energy-reg 0.02"
-    flags += " --p-y-given-x-weight 0.4 --input-noise 0 --augment 0 --adversarial-eps 0"
+    flags += " --p-y-given-x-weight 0.4 --input-noise 0 --augment 0 --adversarial-eps 0 --clamp 0.9"
     job = training(digits, tmp_path, *flags.split(), density, 0.7, *hard)
     args, losses = job.args, []
     restart = restart_from_flags(args, digits, job.device)
     buffer = ReplayBuffer(args.buffer_size, restart, 0.0, generator=generator())
     monkeypatch.setattr(job, "backward", losses.append)
-    before = buffer.images.clone()
+    before, noiseless = buffer.images.clone(), LANGEVIN._replace(noise_std=0)
     images, labels = digits.train.images[:16], digits.train.labels[:16]
-    if hard:
-        monkeypatch.setattr(train_jem, "single_step", lambda logits_of, x, *_, **__: x.flip(3))
-    logged = train_jem.iteration(job, buffer, LANGEVIN, args.steps, images, labels)
+
+    def shaded(logits_of, x, labels, *_, **__):
+        return x * labels.view(-1, 1, 1, 1) / 10
+
+    monkeypatch.setattr(train_jem, "single_step", shaded)
+    logged = train_jem.iteration(job, buffer, noiseless, args.steps, images, labels)
 
     assert not torch.equal(before, buffer.images) and (buffer.ages == args.steps).all()
-    logits = job.model(images)
+    classes = buffer.labels if conditional else None
+    ends = run_chains(job.energy, before, args.steps, noiseless, labels=classes)
+    torch.testing.assert_close(buffer.images, ends, atol=1e-4, rtol=0)
+    logits = job.model(images.clamp(-0.9, 0.9))  # as far as the flags let chains go
     chain_logits = job.model(buffer.images)  # the whole buffer was drawn
     gap = marginal_energy(logits).mean() - marginal_energy(chain_logits).mean()
     density_gap = gap
@@ -159,8 +165,8 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
     cross = -logits.log_softmax(1)[range(16), labels].mean()
     if hard:  # the density's terms see the images as they are
         count = round(16 * args.attack_share)
-        augmented = torch.cat([images[:count].flip(3), images[count:]])
-        hard_cross = -job.model(augmented).log_softmax(1)[range(16), labels].mean()
+        attacked = torch.cat([shaded(None, images[:count], labels[:count]), images[count:]])
+        hard_cross = -job.model(attacked).log_softmax(1)[range(16), labels].mean()
         cross = 0.3 * cross + 0.7 * hard_cross
     energies = marginal_energy(logits), marginal_energy(chain_logits)
     squares = energies[0].square().mean() + energies[1].square().mean()
@@ -169,6 +175,28 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
     torch.testing.assert_close(logged["energy_gap"], -gap.detach())
     moved = (buffer.images - before).flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(logged["chain_displacement"], moved)
+
+
+def test_the_density_sees_data_with_noise_and_the_hard_images_are_moved_too(
+    tmp_path, digits, monkeypatch
+):
+    flags = "--batch-size 16 --chain-batch-size 16 --buffer-size 16 --clamp 0 --clean-share 0.5"
+    images, labels = digits.train.images[:16], digits.train.labels[:16]
+    restart = UniformRestart(digits.shape, 10)
+
+    def data_and_hard(*more):
+        job = training(digits, tmp_path, *flags.split(), "--adversarial-eps", 0, *more)
+        seen, logits = [], job.logits_for_loss
+        monkeypatch.setattr(job, "logits_for_loss", lambda x: logits(seen.append(x) or x))
+        train_jem.iteration(job, ReplayBuffer(16, restart, 0.0), LANGEVIN, 1, images, labels)
+        return seen[0][:16], seen[0][32:48]  # the chains lie between
+
+    data, hard = data_and_hard("--augment", 1, "--input-noise", 0)
+    assert torch.equal(data, images) and (hard != images).flatten(1).any(1).all()
+    noise = [part - images for part in data_and_hard("--augment", 0, "--input-noise", 0.2)]
+    assert not torch.equal(*noise)
+    for part in noise:
+        assert abs(part.std() / 0.2 - 1) < 5 * (2 * part.numel()) ** -0.5
 
 
 def test_the_steps_go_evenly_from_the_first_to_the_last_and_given_alone_stay():

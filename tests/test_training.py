@@ -52,7 +52,7 @@ def test_batches_come_in_epochs_with_noise_of_the_given_size(tmp_path, digits):
 
 
 def test_the_cross_entropy_sees_images_that_are_augmented_and_then_noisy(digits):
-    args = Namespace(augment=0, flip_prob=0, input_noise=0)
+    args = parse("train_jem", ["--augment", "0", "--input-noise", "0"])
     images, source = digits.train.images[:100], generator()
     assert torch.equal(augmented(images, args, source), images)
     args.augment, args.input_noise = 1, 0.5
@@ -113,6 +113,22 @@ def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
     torch.testing.assert_close(job.averaged.head.bias.detach(), expected)
     without = training(digits, tmp_path, "--ema-decay", "0")
     assert without.averaged is without.model and isinstance(without.model, SmallCNN)
+
+
+def test_every_rollback_to_a_state_goes_on_with_noise_of_its_own(tmp_path, digits):
+    job = training(digits, tmp_path)
+    job.open()
+    state = job.state_dict()
+
+    def draw():
+        return torch.rand(4, generator=job.generator).tolist()
+
+    draws = [draw()]
+    for rollbacks in (1, 2, 3):
+        job.roll_back(state, rollbacks)
+        draws.append(draw())
+    job.roll_back(state, 1)
+    assert len(set(map(tuple, draws))) == 4 and draw() == draws[1]
 
 
 def test_the_norm_of_the_weight_gradient_is_clipped(tmp_path, digits):
