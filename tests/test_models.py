@@ -127,6 +127,16 @@ def test_the_logits_of_an_image_do_not_depend_on_its_batch(arch):
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["wide-resnet", "nf-resnet"])
+def test_a_residual_network_has_three_groups_of_blocks_each_twice_as_wide_at_half_the_size(arch):
+    stem, *blocks, _, _, _ = make(arch, depth=16, width=2).features
+    x, shapes = stem(torch.randn(1, 1, 8, 8)), []
+    for block in blocks:
+        x = block(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(32, 8, 8)] * 2 + [(64, 4, 4)] * 2 + [(128, 2, 2)] * 2
+
+
 def test_residual_blocks_start_as_the_identity_and_learn():
     model = make("wide-resnet")
     model(torch.randn(3, 1, 8, 8)).square().sum().backward()

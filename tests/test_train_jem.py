@@ -172,9 +172,19 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
     squares = energies[0].square().mean() + energies[1].square().mean()
     (loss,) = losses
     torch.testing.assert_close(loss, 0.4 * cross + 0.7 * density_gap + 0.02 * squares)
-    torch.testing.assert_close(logged["energy_gap"], -gap.detach())
-    moved = (buffer.images - before).flatten(1).norm(dim=1).mean()
-    torch.testing.assert_close(logged["chain_displacement"], moved)
+    wanted = {
+        "cross_entropy": cross,
+        "accuracy": (logits.argmax(1) == labels).float().mean(),
+        "energy_positive": energies[0].mean(),
+        "energy_negative": energies[1].mean(),
+        "energy_gap": -gap,
+        "chain_displacement": (buffer.images - before).flatten(1).norm(dim=1).mean(),
+        "chain_saturated": (buffer.images.abs() == 1).float().mean(),
+        "chain_age": torch.tensor(float(args.steps)),
+    }
+    assert logged.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(logged[name], value.detach())
 
 
 def test_the_density_sees_data_with_noise_and_the_hard_images_are_moved_too(

@@ -1,5 +1,6 @@
 """The plumbing of a training: order of the data, schedule, budget, averaging, files."""
 
+import time
 from argparse import Namespace
 
 import pytest
@@ -14,7 +15,7 @@ from sgld_nrg.support.commands import parse
 from sgld_nrg.support.journal import Journal
 from sgld_nrg.support.log import MetricsLog
 from sgld_nrg.support.parallel import Alone
-from sgld_nrg.support.schedule import epoch_order, learning_rate
+from sgld_nrg.support.schedule import Budget, epoch_order, learning_rate
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
@@ -102,15 +103,24 @@ def test_epochs_and_minutes_together_end_with_whichever_comes_first(tmp_path, di
     assert parse("train_jem", ["--max-minutes", "3"]).epochs is None
 
 
+def test_the_minutes_of_a_run_count_from_the_scripts_start_and_go_on_when_it_is_resumed():
+    budget = Budget(None, 10, time.perf_counter() - 90)
+    assert budget.minutes() == pytest.approx(1.5, abs=0.1)
+    budget.minutes_before = 3
+    assert budget.minutes() == pytest.approx(4.5, abs=0.1)
+    assert budget.progress(7) == pytest.approx(0.45, abs=0.01)
+
+
 def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
-    job = training(digits, tmp_path, "--ema-decay", "0.3", "--epochs", "1")
+    flags = "--ema-decay 0.3 --epochs 1 --lr 0.1 --warmup-iterations 0"  # far apart
+    job = training(digits, tmp_path, *flags.split())
     bias, expected = job.model.head.bias, 0
     decays = (0, 2 / 11, 3 / 12, 0.3, 0.3)  # it begins with the first weights
     for decay, _ in zip(decays, job.batches(), strict=False):
         job.backward(bias.sum())
         job.update({})
         expected = decay * expected + (1 - decay) * bias.detach()
-    torch.testing.assert_close(job.averaged.head.bias.detach(), expected)
+        torch.testing.assert_close(job.averaged.head.bias.detach(), expected)
     without = training(digits, tmp_path, "--ema-decay", "0")
     assert without.averaged is without.model and isinstance(without.model, SmallCNN)
 
