@@ -126,18 +126,26 @@ def test_the_energy_of_the_chains_is_float32_and_with_labels_the_joint_one():
 
 
 HARD = ["--adversarial-eps", "0.1", "--clean-share", "0.3", "--attack-share"]
+OUTLIERS = ["--outlier-weight", "0.3", "--outlier-share", "0.5", "--outlier-margin", "2"]
 
 
 @pytest.mark.parametrize(
-    "hard", [[], [*HARD, "1"], [*HARD, "0.25", "--chain-batch-size", "8", "--buffer-size", "8"]]
+    "more",
+    [
+        [],
+        [*HARD, "1"],
+        [*HARD, "0.25", "--chain-batch-size", "8", "--buffer-size", "8"],
+        OUTLIERS,
+        [*HARD, "1", *OUTLIERS],
+    ],
 )
 @pytest.mark.parametrize("density, conditional", [("--p-x-weight", False), ("--p-xy-weight", True)])
 def test_an_iteration_descends_the_loss_computed_by_hand(
-    tmp_path, digits, monkeypatch, density, conditional, hard
+    tmp_path, digits, monkeypatch, density, conditional, more
 ):
     flags = "--batch-size 16 --chain-batch-size 16 --buffer-size 16 --energy-reg 0.02"
     flags += " --p-y-given-x-weight 0.4 --input-noise 0 --augment 0 --adversarial-eps 0 --clamp 0.9"
-    job = training(digits, tmp_path, *flags.split(), density, 0.7, *hard)
+    job = training(digits, tmp_path, *flags.split(), density, 0.7, *more)
     args, losses = job.args, []
     restart = restart_from_flags(args, digits, job.device)
     buffer = ReplayBuffer(args.buffer_size, restart, 0.0, generator=generator())
@@ -149,6 +157,7 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
         return x * labels.view(-1, 1, 1, 1) / 10
 
     monkeypatch.setattr(train_jem, "single_step", shaded)
+    monkeypatch.setattr(train_jem, "recast", lambda x, source: -x)
     logged = train_jem.iteration(job, buffer, noiseless, args.steps, images, labels)
 
     assert not torch.equal(before, buffer.images) and (buffer.ages == args.steps).all()
@@ -163,15 +172,20 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
         on_chains = joint_energy(chain_logits, buffer.labels)
         density_gap = joint_energy(logits, labels).mean() - on_chains.mean()
     cross = -logits.log_softmax(1)[range(16), labels].mean()
-    if hard:  # the density's terms see the images as they are
+    if args.clean_share < 1:  # the density's terms see the images as they are
         count = round(16 * args.attack_share)
         attacked = torch.cat([shaded(None, images[:count], labels[:count]), images[count:]])
         hard_cross = -job.model(attacked).log_softmax(1)[range(16), labels].mean()
         cross = 0.3 * cross + 0.7 * hard_cross
     energies = marginal_energy(logits), marginal_energy(chain_logits)
     squares = energies[0].square().mean() + energies[1].square().mean()
+    expected = 0.4 * cross + 0.7 * density_gap + 0.02 * squares
+    on_outliers = marginal_energy(job.model(-images.clamp(-0.9, 0.9)[:8]))
+    if args.outlier_weight:
+        odds = on_outliers - 2 - energies[0].mean()
+        expected = expected - 0.3 * odds.sigmoid().log().mean()
     (loss,) = losses
-    torch.testing.assert_close(loss, 0.4 * cross + 0.7 * density_gap + 0.02 * squares)
+    torch.testing.assert_close(loss, expected)
     wanted = {
         "cross_entropy": cross,
         "accuracy": (logits.argmax(1) == labels).float().mean(),
@@ -182,6 +196,8 @@ def test_an_iteration_descends_the_loss_computed_by_hand(
         "chain_saturated": (buffer.images.abs() == 1).float().mean(),
         "chain_age": torch.tensor(float(args.steps)),
     }
+    if args.outlier_weight:
+        wanted["energy_outliers"] = on_outliers.mean()
     assert logged.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(logged[name], value.detach())
@@ -295,7 +311,7 @@ def test_the_run_folder_holds_what_is_promised(tiny_run):
     jem = [row for row in rows if row["phase"] == "jem"]
     ends = [row for row in jem if row["val_accuracy"]]
     assert [float(row["epoch"]) for row in ends] == [1, 2, 3, 4]
-    assert all(value for row in ends for value in row.values())
+    assert {name for row in ends for name, value in row.items() if not value} == {"energy_outliers"}
     for row in jem:
         gap = float(row["energy_negative"]) - float(row["energy_positive"])
         assert float(row["energy_gap"]) == pytest.approx(gap, abs=1e-3)
