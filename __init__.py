@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sgld_nrg.models import joint_energy, load_model, marginal_energy
     from sgld_nrg.sgld import Langevin, run_chains
-    from sgld_nrg.support.attacks import pgd
+    from sgld_nrg.support.attacks import apgd
+    from sgld_nrg.support.detector import Detector
     from sgld_nrg.support.restarts import GaussianRestart, UniformRestart
     from sgld_nrg.train_jem import ReplayBuffer, energy_loss, energy_regulariser
 
@@ -26,21 +27,23 @@ _HOMES = {
     "ReplayBuffer": "train_jem",
     "energy_loss": "train_jem",
     "energy_regulariser": "train_jem",
+    "Detector": "support.detector",
     "GaussianRestart": "support.restarts",
     "UniformRestart": "support.restarts",
-    "pgd": "support.attacks",
+    "apgd": "support.attacks",
 }
 __all__ = [
+    "Detector",
     "GaussianRestart",
     "Langevin",
     "ReplayBuffer",
     "UniformRestart",
+    "apgd",
     "energy_loss",
     "energy_regulariser",
     "joint_energy",
     "load_model",
     "marginal_energy",
-    "pgd",
     "run_chains",
 ]
 
