@@ -156,6 +156,14 @@ def _check_evaluate(args: Namespace) -> None:
         raise UserError("--attacks none cannot stand beside a norm")
 
 
+def _check_predict(args: Namespace) -> None:
+    _check_reading(args)
+    if not args.paths:
+        raise UserError("name the pictures: image files, folders of them, .npz or .npy files")
+    if args.save_csv and not args.save_csv.endswith(".csv"):
+        raise UserError(f"--save-csv {args.save_csv} must end in .csv")
+
+
 class Script(NamedTuple):
     """A script's flags, the defaults that depend on others, and its check of them all."""
 
@@ -169,6 +177,7 @@ SCRIPTS = {
     "train_jem": Script(flags.TRAIN_JEM, _preset, _check_train_jem),
     "sample": Script(flags.SAMPLE, beside_checkpoint, _check_sample),
     "evaluate": Script(flags.EVALUATE, beside_checkpoint, _check_evaluate),
+    "predict": Script(flags.PREDICT, beside_checkpoint, _check_predict),
 }
 
 

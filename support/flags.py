@@ -12,6 +12,7 @@ from sgld_nrg.support.parser import (
     decay,
     flag,
     fraction,
+    level,
     non_negative,
     positive,
     positive_int,
@@ -340,6 +341,29 @@ PICTURES = (
         metavar="FILE.npz",
     ),
 )
+PICTURE_PATHS = flag(
+    "paths",
+    str,
+    "pictures: paths of image files, of folders of them, of .npz and .npy files",
+    nargs="*",  # not "+": a mistyped flag is told before a missing path
+    metavar="PATH",
+)
+VERDICTS = (
+    flag(
+        "--alpha",
+        level,
+        "pictures of a p-value below look unfamiliar, classes of one below are ruled out; of "
+        "pictures like the training's, this happens at most to this share",
+        0.05,
+    ),
+    flag(
+        "--save-csv",
+        str,
+        "table of the verdicts; without it predictions.csv in --out-dir",
+        metavar="FILE.csv",
+    ),
+    *OUTPUT,
+)
 OOD = (
     CHECKPOINT_DATA_DIR,
     OTHER_DATA,
@@ -394,5 +418,10 @@ SAMPLE = (
     ENERGY,
     CHAINS,
     ("output", PICTURES),
+)
+PREDICT = (
+    ("data", (PICTURE_PATHS, CHECKPOINT_DATA_DIR, OTHER_DATA, *READING)),
+    ("model", (CHECKPOINT,)),
+    ("output", VERDICTS),
 )
 EVALUATE = (("data", OOD), ("model", (CHECKPOINT, CLASSIFIER)), MEASUREMENT, ("output", OUTPUT))

@@ -40,7 +40,7 @@ Group = tuple[str, Sequence[Flag | Either]]
 
 
 def flag(name: str, kind: Any, help: str, default: Any = None, **more: Any) -> Flag:
-    """Return a row of a table of flags.
+    """Return a row of a table of flags; a name without dashes is that of words by themselves.
 
     kind: what makes a value of a word; bool: the flag takes no value; argparse's
     BooleanOptionalAction: it has a --no- twin. more: as in argparse's add_argument.
@@ -76,6 +76,7 @@ positive = _number(float, 0, math.inf, True, "a number above 0")
 non_negative = _number(float, 0, math.inf, False, "a number from 0 up")
 fraction = _number(float, 0, 1, False, "a number from 0 to 1")
 decay = _number(float, 0, 0.999999, False, "a number from 0 to 0.999999")
+level = _number(float, 0, 0.999999, True, "a number above 0 and below 1")
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,6 +118,8 @@ class Parser(argparse.ArgumentParser):
     def _add(self, group: Any, row: Flag) -> None:
         action = group.add_argument(row.name, **row.settings)
         action.default = argparse.SUPPRESS
+        if not action.option_strings:
+            self.usage = f"{self.usage} {action.metavar} ..."
         self.defaults[action.dest] = row.default
 
     def completed(self, given: dict[str, Any]) -> dict[str, Any]:

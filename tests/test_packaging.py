@@ -16,13 +16,13 @@ from conftest import ROOT
 
 import sgld_nrg
 
-TOP_FLOOR = {"sgld", "models", "train_classifier", "train_jem", "sample", "evaluate"}
+TOP_FLOOR = {"sgld", "models", "train_classifier", "train_jem", "sample", "evaluate", "predict"}
 SCRIPTS = TOP_FLOOR - {"sgld", "models"}
 FOLDERS = ("support", "support/report")  # of modules, besides the root
 # What a user does: imports names, then runs python -m sgld_nrg.sample, here in the same process.
 USER = """
 import runpy
-from sgld_nrg import GaussianRestart, Langevin, ReplayBuffer, energy_loss, pgd, run_chains
+from sgld_nrg import GaussianRestart, Langevin, ReplayBuffer, apgd, energy_loss, run_chains
 print(run_chains.__code__.co_filename)
 runpy.run_module("sgld_nrg.sample", run_name="__main__", alter_sys=True)
 """
