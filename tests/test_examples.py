@@ -18,7 +18,7 @@ OBJECTS = [
     train_jem.ReplayBuffer,
     train_jem.energy_loss,
     train_jem.energy_regulariser,
-    attacks.pgd,
+    attacks.apgd,
     metrics.calibration,
     metrics.detection,
     sample_metrics.frechet_distance,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,45 +12,114 @@ from torch import Tensor, nn
 
 from sgld_nrg.models import energy_of
 from sgld_nrg.support import metrics, plots
-from sgld_nrg.support.attacks import Logits, pgd, refined
+from sgld_nrg.support.attacks import THROUGH, Attack, Logits, refined, square, strongest
 from sgld_nrg.support.checkpoints import langevin_from
 from sgld_nrg.support.report.study import PRECISION, Study
 from sgld_nrg.support.report.words import interval, table
 
-ATTACK_BATCH = 100  # images attacked at once
+ATTACK_BATCH = 250  # images attacked at once
+STRONGER = 3  # times as many starts and targets, of twice as many steps, check an attack
+
+# Called as survives(images, labels, epsilon=...): whether each is still classified right, (n,).
+Survives = Callable[..., Tensor]
 
 
 def measure(study: Study) -> dict[str, Any]:
     """Attack each model, and the refined JEM, in each norm; check the attack, draw the curves.
 
-    Returns {"curves": {norm: {model: [{epsilon, accuracy, ...}, ...]}}, "checks": {norm: {...}}}.
+    Returns {"curves": {norm: {model: [{epsilon, accuracy, ...}, ...]}}, "checks": {norm: {...}}},
+    the models in the order of study.models.
     """
-    sizes, device, seed = study.sizes, study.device, study.args.seed
+    sizes, device, jem = study.sizes, study.device, study.models["jem"]
     images, labels = (part[: sizes["attacked"]].to(device) for part in study.dataset.test)
-    few, jem = slice(0, sizes["refined"]), study.models["jem"]
+    radii = sizes["epsilons"]["colour" if images.shape[1] == 3 else "grey"]
+    few, steps = slice(0, sizes["refined"]), sizes["refined_steps"]
+    langevin, energy = langevin_from(study.checkpoint), energy_of(jem, PRECISION)
+    counts = {name: sizes[name] for name in ("attack_steps", "random_starts", "targets")}
+    behind = {"attack_steps": sizes["refined_attack_steps"], "draws": sizes["refined_draws"]}
+    behind["targets"] = 1
     curves: dict[str, Any] = {}
     checks = {}
-    plain = {"attack_steps": sizes["attack_steps"], "random_starts": sizes["random_starts"]}
-    adaptive = {"attack_steps": sizes["refined_attack_steps"], "draws": sizes["refined_draws"]}
-    langevin, energy = langevin_from(study.checkpoint), energy_of(jem, PRECISION)
     for norm in [norm for norm in study.args.attacks if norm != "none"]:
-        curves[norm] = {
-            name: [
-                attack(model, model, images, labels, norm, epsilon, seed=seed, **plain)
-                for epsilon in (0.0, *sizes["epsilons"][norm])
-            ]
-            for name, model in study.models.items()
+        settings: dict[str, Any] = {"norm": norm, "seed": study.args.seed}
+        curves[norm] = {}
+        for name, model in study.models.items():
+            white_box = partial(survivors, model, model, **settings, **counts)
+            curves[norm][name], standing = curve({"APGD": white_box}, images, labels, radii[norm])
+            if name == "jem":
+                given = (images, labels, standing, radii[norm][0], sizes)
+                checks[norm] = check_attack(jem, *given, **settings)
+                checks[norm]["accuracy_at_largest"] = curves[norm][name][-1]["accuracy"]
+        every: dict[str, Survives] = {
+            through: partial(
+                survivors,
+                refined(energy, jem, steps, langevin, study.generator(1), through=through),
+                jem,
+                **settings,
+                **behind,
+            )
+            for through in THROUGH
         }
-        behind = refined(energy, jem, sizes["refined_steps"], langevin, study.generator(1))
-        settings = {"seed": seed, "transferred_from": jem, **adaptive}
-        curves[norm][f"jem-{sizes['refined_steps']}"] = [
-            attack(behind, jem, images[few], labels[few], norm, epsilon, **settings)
-            for epsilon in (0.0, *sizes["refined_epsilons"][norm])
-        ]
-        checks[norm] = check_attack(jem, images, labels, norm, curves[norm]["jem"], sizes, seed)
+        rows, _ = curve(every, images[few], labels[few], radii[norm][: sizes["refined_epsilons"]])
+        curves[norm][f"jem-{steps}"] = rows
     if curves:
         plots.save_robustness(curves, study.folder / "robustness.png")
     return {"curves": curves, "checks": checks}
+
+
+def curve(
+    attacks: dict[str, Survives], images: Tensor, labels: Tensor, epsilons: tuple[float, ...]
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Return the accuracy under several attacks at 0 and at rising epsilons, and who stands first.
+
+    An image counts at an epsilon only if it survives every attack there and at all smaller ones,
+    whose images lie in the larger ball too; what is broken is not attacked again. Without attack,
+    at 0, the first of the attacks alone judges.
+    Returns a row for each epsilon, "after" being the accuracy after each attack, and whether an
+    image still stands at the first of the epsilons, (N,) bool.
+    """
+    standing, rows = torch.ones_like(labels, dtype=torch.bool), []
+    standing_first = standing
+    for epsilon in (0.0, *epsilons):
+        after = {}
+        for name, survives in attacks.items() if epsilon else list(attacks.items())[:1]:
+            left = standing.nonzero().squeeze(1)
+            if len(left):
+                standing[left] &= survives(images[left], labels[left], epsilon=epsilon)
+            after[name] = float(standing.double().mean())
+        rows.append(point(epsilon, standing) | {"after": after})
+        if epsilon == epsilons[0]:
+            standing_first = standing.clone()
+    return rows, standing_first
+
+
+def point(epsilon: float, correct: Tensor) -> dict[str, Any]:
+    """Return one point of an accuracy-against-epsilon curve with its interval."""
+    right = correct.double().cpu().numpy()
+    return {
+        "epsilon": epsilon,
+        "accuracy": float(right.mean()),
+        "interval": metrics.bootstrap(np.mean, right),
+        "images": len(right),
+    }
+
+
+def survivors(
+    logits_of: Logits,
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str,
+    epsilon: float,
+    seed: int,
+    by: Callable[..., Attack] = strongest,
+    **settings: Any,
+) -> Tensor:
+    """Return whether each image survives an attack of support/attacks.py, (N,) bool, in batches."""
+    settings |= {"generator": torch.Generator(images.device).manual_seed(seed), "module": module}
+    batches = zip(images.split(ATTACK_BATCH), labels.split(ATTACK_BATCH), strict=True)
+    return torch.cat([by(logits_of, x, y, norm, epsilon, **settings).correct for x, y in batches])
 
 
 def attack(
@@ -62,74 +133,62 @@ def attack(
     seed: int,
     attack_steps: int,
     random_starts: int = 1,
-    draws: int = 1,
-    transferred_from: nn.Module | None = None,
+    targets: int = 3,
 ) -> dict[str, Any]:
-    """Return one point of an accuracy-against-epsilon curve with its interval.
-
-    As in attacks.pgd; epsilon 0 measures without attack. transferred_from: a classifier whose
-    adversarial images (same settings, one draw) must be survived as well; the accuracy is then
-    that under the worse of the two.
-    """
-    generator = torch.Generator(images.device).manual_seed(seed)
-    if epsilon == 0:
-        attack_steps = random_starts = 1  # the ball is the image itself
-    settings: dict[str, Any] = {"attack_steps": attack_steps, "random_starts": random_starts}
-    settings |= {"generator": generator, "module": module}
-    correct, losses = [], []
-    batches = zip(images.split(ATTACK_BATCH), labels.split(ATTACK_BATCH), strict=True)
-    for x, y in batches:
-        found = pgd(logits_of, x, y, norm, epsilon, draws=draws, **settings)
-        survived = found.correct
-        if transferred_from is not None:
-            elsewhere = pgd(transferred_from, x, y, norm, epsilon, **settings).images
-            with torch.no_grad():
-                drawn = [logits_of(elsewhere).softmax(1) for _ in range(draws)]
-            survived = survived & (torch.stack(drawn).mean(0).argmax(1) == y)
-        correct.append(survived)
-        losses.append(found.losses * len(x))
-    right = torch.cat(correct).double().cpu().numpy()
-    mean_losses = torch.stack(losses).sum(0) / len(right)
-    return {
-        "epsilon": epsilon,
-        "accuracy": float(right.mean()),
-        "interval": metrics.bootstrap(np.mean, right),
-        "images": len(right),
-        "attack_steps": attack_steps,
-        "random_starts": random_starts,
-        "draws": draws,
-        "losses": [round(float(loss), 4) for loss in mean_losses],
-    }
+    """Return the accuracy of a network under `attacks.strongest`, with its interval."""
+    counts = {"attack_steps": attack_steps, "random_starts": random_starts, "targets": targets}
+    settings: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "seed": seed, **counts}
+    return point(epsilon, survivors(logits_of, module, images, labels, **settings)) | counts
 
 
 def check_attack(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    norm: str,
-    curve: list[dict[str, Any]],
+    standing: Tensor,
+    epsilon: float,
     sizes: dict[str, Any],
-    seed: int,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Tell whether an attack works, so that a broken one is not mistaken for robustness.
+    """Attack in two other ways, so that a weak attack is not mistaken for robustness.
 
-    It works if accuracy is below 5 % at the largest epsilon, if more steps never help the defender
-    by more than one image in a hundred, and if the loss rises along the attack.
+    standing: (N,) bool, what survived the report's attack at epsilon. settings: norm and seed.
+    Square, which sees no gradient, attacks the first images; an attack of six times the steps, the
+    first that stand. Returns the accuracy by each, and by how much it lowers the report's.
     """
-    epsilons, steps, some = sizes["epsilons"][norm], sizes["attack_steps"], slice(0, 200)
-    epsilon = epsilons[(len(epsilons) - 1) // 2]
-    rows = [
-        attack(model, model, images[some], labels[some], norm, epsilon, seed=seed, attack_steps=n)
-        for n in (steps // 4 or 1, steps, 2 * steps)
-    ]
-    accuracies, rises = [row["accuracy"] for row in rows], np.diff(rows[-1]["losses"]) >= -1e-3
+    settings |= {"epsilon": epsilon}
+    few = slice(0, sizes["square_images"])
+    by_square = survivors(
+        model,
+        model,
+        images[few],
+        labels[few],
+        by=square,
+        queries=sizes["square_queries"],
+        **settings,
+    )
+    rows = standing.nonzero().squeeze(1)[: sizes["stronger_images"]]
+    stronger = {name: STRONGER * sizes[name] for name in ("random_starts", "targets")}
+    stronger["attack_steps"] = 2 * sizes["attack_steps"]
+    left = standing[rows]
+    if len(rows):
+        left = survivors(model, model, images[rows], labels[rows], **stronger, **settings)
+    accuracy = standing.double().mean()
     return {
-        "accuracy_at_largest_epsilon": curve[-1]["accuracy"],
-        "falls_to_zero": curve[-1]["accuracy"] < 0.05,
         "epsilon": epsilon,
-        "accuracy_by_attack_steps": {str(row["attack_steps"]): row["accuracy"] for row in rows},
-        "more_steps_never_help": bool(np.all(np.diff(accuracies) <= 0.01)),
-        "share_of_steps_on_which_the_loss_rises": float(rises.mean()),
+        "square": {
+            "images": len(by_square),
+            "queries": sizes["square_queries"],
+            "white_box": float(standing[few].double().mean()),
+            "square": float(by_square.double().mean()),
+            "both": float((standing[few] & by_square).double().mean()),
+        },
+        "stronger": {
+            **stronger,
+            "images": len(rows),
+            "broken": int((~left).sum()),
+            "lowers_by": float(accuracy * (1 - left.double().mean())) if len(rows) else 0.0,
+        },
     }
 
 
@@ -140,11 +199,14 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     steps = sizes["refined_steps"]
     parts = [
         "## Adversarial robustness",
-        f"PGD, {sizes['attack_steps']} steps of 2.5 ε / steps, {sizes['random_starts']} random "
-        f"starts, {sizes['attacked']} test images at most; ε on pixels in [0, 1]. jem-{steps} is "
-        f"the JEM behind {steps} Langevin steps, attacked through them "
-        f"({sizes['refined_attack_steps']} steps, gradients averaged over {sizes['refined_draws']} "
-        f"draws of the noise, {sizes['refined']} images).",
+        f"Auto-PGD of {sizes['attack_steps']} steps on the cross-entropy, "
+        f"{_starts(sizes['random_starts'])}, then on the logits of the {sizes['targets']} "
+        f"likeliest wrong classes of what stands; {sizes['attacked']} test images at most; ε on "
+        f"pixels in [0, 1]. What is broken at a smaller ε stays so. jem-{steps} is the JEM behind "
+        f"{steps} Langevin steps: there an image counts only if it survives three such attacks, "
+        "whose gradient goes around the steps (a transfer from the JEM), straight through them "
+        f"and through each of them ({sizes['refined_attack_steps']} attack steps, "
+        f"{sizes['refined_draws']} draws of the noise, one target, {sizes['refined']} images).",
     ]
     for norm, models in found["curves"].items():
         cells = {name: {row["epsilon"]: row for row in rows} for name, rows in models.items()}
@@ -155,26 +217,46 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
                 f"{point['accuracy']:.3f} {interval(point['interval'], digits=2)}" if point else ""
                 for point in points
             ]
-            rows.append([f"{epsilon:g}", *shown])
+            rows.append([f"{epsilon:.3g}", *shown])
         title = "L∞" if norm == "linf" else "L2"
         parts.append(f"### {title}\n\n" + table(["ε", *models], rows))
+        parts.append(_behind_the_steps(models[f"jem-{steps}"], steps))
         parts.append(_about_the_attack(found["checks"][norm]))
     parts.append("![Accuracy against ε](robustness.png)")
     return "\n\n".join(parts)
 
 
+def _starts(count: int) -> str:
+    return "one random start" if count == 1 else f"{count} random starts"
+
+
+def _behind_the_steps(rows: list[dict[str, Any]], steps: int) -> str:
+    shown = (
+        f"at ε = {row['epsilon']:.3g} "
+        + ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in row["after"].items())
+        for row in rows[1:]
+    )
+    return f"jem-{steps}, one attack after the other: {'; '.join(shown)}."
+
+
 def _about_the_attack(check: dict[str, Any]) -> str:
-    by_steps = check["accuracy_by_attack_steps"].items()
-    accuracies = ", ".join(f"{steps} steps {value:.3f}" for steps, value in by_steps)
-    works = "it works"
-    if not check["falls_to_zero"]:
-        works = "**not near zero: do not trust the numbers above**"
-    more = "more steps never help the defender"
-    if not check["more_steps_never_help"]:
-        more = "**more steps helped the defender**"
+    by_square, stronger, largest = (
+        check[name] for name in ("square", "stronger", "accuracy_at_largest")
+    )
+    masked = by_square["square"] < by_square["white_box"]
+    lowers_by = max(stronger["lowers_by"], by_square["white_box"] - by_square["both"])
+    verdicts = {
+        "**the attack does not work: do not trust the numbers above**": largest >= 0.05,
+        "**an attack without gradients does better: they are masked**": masked,
+        "**the numbers above are too high by more than two points**": lowers_by > 0.02,
+    }
+    faults = [verdict for verdict, holds in verdicts.items() if holds]
     return (
-        "The attack itself, on the JEM: accuracy "
-        f"{check['accuracy_at_largest_epsilon']:.3f} at the largest ε ({works}); at ε = "
-        f"{check['epsilon']:g} {accuracies} ({more}); the loss rises on "
-        f"{100 * check['share_of_steps_on_which_the_loss_rises']:.0f} % of the steps."
+        f"The attack itself, on the JEM: accuracy {largest:.3f} at the largest ε. At ε = "
+        f"{check['epsilon']:.3g} Square, {by_square['queries']} queries without a gradient, leaves "
+        f"{by_square['square']:.3f} of {by_square['images']} images where the attack leaves "
+        f"{by_square['white_box']:.3f}, and both {by_square['both']:.3f}; one of six times the "
+        f"steps breaks {stronger['broken']} of {stronger['images']} that stand, which lowers the "
+        f"accuracy by {stronger['lowers_by']:.3f}. "
+        f"{'; '.join(faults) or 'So it works'}."
     )
