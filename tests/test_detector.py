@@ -1,11 +1,13 @@
 """The detector: p-values and label sets keep their promise, and what is kept is enough for it."""
 
+import csv
+import importlib
 import io
 import math
 
 import pytest
 import torch
-from conftest import generator
+from conftest import ROOT, generator
 
 from sgld_nrg import Detector
 from sgld_nrg.models import build_model, load_model, predict
@@ -300,3 +302,22 @@ def test_the_example_of_the_docstring_gives_what_it_says():
         for example in doctest.DocTestFinder(recurse=False).find(thing, globs=vars(module).copy())
     ]
     assert failed == [0, 0, 0]
+
+
+def test_the_ablation_writes_a_row_for_each_model_choice_and_set(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ablation = importlib.import_module("detector_ablation")
+    table = tmp_path / "new" / "table.csv"
+    files = [f"jem={tiny_run / 'jem.pt'}", f"plain={tiny_run / 'classifier.pt'}"]
+    words = ["--checkpoint", *files, "--count", "20", "--out", str(table)]
+    ablation.main(ablation.parse(words))
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {"jem", "plain"}
+    judged = {row["judged"].removesuffix(", not rounded") for row in rows}
+    alone = {"logits", "energy", "entropy"}
+    assert judged == {"energy by its sign", "all", *alone, *(f"without {name}" for name in alone)}
+    assert {row["set"] for row in rows} == {*ablation.STRANGE, *ablation.ORDINARY}
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("auroc", "unfamiliar"))
+    with pytest.raises(SystemExit):
+        ablation.main(ablation.parse(["--checkpoint", "jem.pt"]))
