@@ -1,4 +1,4 @@
-"""Report what a joint energy-based model promises, measured, beside the classifier it started from.
+"""Report what a joint energy-based model promises, measured beside models without a density.
 
     python evaluate.py --checkpoint results/digits/jem.pt --quick
 
@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from sgld_nrg import train_classifier
 from sgld_nrg.models import load_model
+from sgld_nrg.support import looks
 from sgld_nrg.support.checkpoints import Checkpoint, load_checkpoint, output_folder
 from sgld_nrg.support.commands import command_line
 from sgld_nrg.support.data import Dataset
 from sgld_nrg.support.devices import pick_device
 from sgld_nrg.support.errors import UserError, exits_cleanly
 from sgld_nrg.support.flags import DATA_DIR
+from sgld_nrg.support.judges import judges
 from sgld_nrg.support.log import git_commit, package_versions, report_files
-from sgld_nrg.support.origin import check_same_data, data_dir_of, dataset_of, differences
+from sgld_nrg.support.origin import check_same_data, data_dir_of, dataset_of
 from sgld_nrg.support.parallel import Alone, processes
 from sgld_nrg.support.report import (
     class_conditional,
@@ -44,22 +44,23 @@ from sgld_nrg.support.report import (
     mixing,
     robustness,
     samples,
+    unfamiliar,
 )
 from sgld_nrg.support.report import study as sizes_of
 from sgld_nrg.support.report.study import PRECISION, Study
-from sgld_nrg.support.report.words import percent
-from sgld_nrg.support.training import Setup
+from sgld_nrg.support.report.words import percent, ratio
 
 SECTIONS = {
     "classification": classification,
     "out_of_distribution": detection,
+    "unfamiliar": unfamiliar,
     "robustness": robustness,
     "samples": samples,
     "class_conditional": class_conditional,
     "long_chains": long_chains,
     "chains": mixing,
 }
-FEATURE_SEED = 1_000_003  # of the independent classifier: no training here uses it
+COMPARED = {"classifier": "classifier.pt", "control": "control.pt"}  # what may lie beside jem.pt
 
 
 def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
@@ -72,15 +73,19 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
         args.data_dir = DATA_DIR.default
     sizes = sizes_of.DRY_RUN if args.dry_run else sizes_of.QUICK if args.quick else sizes_of.FULL
     sizes = {**sizes, "bins": args.bins, "longest": args.longest_chain or sizes["longest"]}
-    models = {"jem": load_model(checkpoint, device).eval()}
-    path = Path(args.classifier or Path(args.checkpoint).with_name("classifier.pt"))
-    if args.classifier or path.exists():
-        models["classifier"] = load_model(_classifier(path, dataset, args), device).eval()
+    if device.type == "cuda":
+        sizes["long_chains"] = sizes["samples"]
+    compared = {name: _compared(name, dataset, args) for name in COMPARED}
+    found = {name: state for name, state in {**compared, "jem": checkpoint}.items() if state}
+    models = {name: load_model(state, device).eval() for name, state in found.items()}
     with ranks.first_on_each_node():  # here, so that a mistake is told before anything is measured
         ood = detection.ood_sets(dataset, args, sizes["ood"], device)
     with output_folder(args, ranks) as folder:
-        network = feature_network(dataset, folder, device, ranks)
-        study = Study(args, sizes, device, dataset, checkpoint, models, network, ood, folder)
+        place = folder / "judges" if args.dry_run else Path(args.judges)
+        networks = judges(dataset, place, device, ranks)
+        study = Study(args, sizes, device, dataset, checkpoint, models, networks, ood, folder)
+        if ranks.first:
+            looks.record("python evaluate.py", args, dataset.name, "report")
         found = {}
         mine = list(SECTIONS)[ranks.rank :: ranks.count]
         bar = tqdm(mine, disable=None if ranks.first else True)
@@ -91,7 +96,7 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
         if not ranks.first:
             return
         everything = {name: part for found in gathered for name, part in found.items()}
-        found = {"protocol": protocol(study, path if "classifier" in models else None)}
+        found = {"protocol": protocol(study)}
         found |= {name: everything[name] for name in SECTIONS}
         (folder / "report.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         (folder / "report.md").write_text(markdown(found))
@@ -99,53 +104,28 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
         report_files(args, [folder / name for name in ("report.md", "report.json")])
 
 
-def _classifier(path: Path, dataset: Dataset, args: Namespace) -> Checkpoint:
-    """Return the checkpoint of the classifier to compare with, of the same data."""
-    found = load_checkpoint(path, "classifier")
+def _compared(name: str, dataset: Dataset, args: Namespace) -> Checkpoint | None:
+    """Return the checkpoint of a model to compare with, as named or beside the JEM, if any."""
+    given = getattr(args, name)
+    path = Path(given or Path(args.checkpoint).with_name(COMPARED[name]))
+    if not given and not path.exists():
+        return None
+    found = load_checkpoint(path, "classifier" if name == "classifier" else "jem")
     if found["dataset"] != dataset.name:
         raise UserError(
             f"{str(path)!r} was trained on {found['dataset']}, the JEM on {dataset.name}: "
-            "name another --classifier"
+            f"name another --{name}"
         )
-    check_same_data(found, dataset, args, f"the classifier {path}")
+    if name == "control" and (found["args"]["p_x_weight"] or found["args"]["p_xy_weight"]):
+        raise UserError(
+            f"{str(path)!r} has a density, so it is no control: train one with --p-x-weight 0, "
+            "or name another --control"
+        )
+    check_same_data(found, dataset, args, f"the {name} {path}")
     return found
 
 
-def feature_network(
-    dataset: Dataset, folder: Path, device: torch.device, ranks: Alone
-) -> nn.Module:
-    """Return the independent classifier whose features judge samples; trained if missing.
-
-    A small-cnn of its own seed, deep enough that its last map has one pixel; the features are its
-    head's input (N, D). Its settings are its own but for the augmentation, so that a preset that
-    changes is judged by the same network as before.
-    """
-    place = folder / f"feature-classifier-{dataset.name}"
-
-    def make() -> Checkpoint:
-        path = place / "classifier.pt"
-        found = load_checkpoint(path, "classifier") if path.exists() else None
-        if found and differences(found, dataset)[0]:
-            print(f"the feature network in {str(place)!r} was of other data: it is replaced")
-            found = None
-        if found and found["finished"]:
-            return found
-        place.mkdir(exist_ok=True)
-        epochs, decay = (3, 0.998) if len(dataset.train.labels) > 10_000 else (15, 0.99)
-        depth = dataset.shape[1].bit_length() - 1
-        flags = (
-            f"--dataset {dataset.name} --arch small-cnn --width 16 --depth {depth} --stem-stride 1 "
-            f"--seed {FEATURE_SEED} --epochs {epochs} --batch-size 64 --lr 1e-3 --lr-floor 0 "
-            f"--warmup-iterations 200 --ema-decay {decay} --input-noise 0.04"
-        )
-        settings = parse("train_classifier", flags.split())
-        setup = Setup(dataset, place, device, Alone())
-        return train_classifier.train(settings, setup, found, go_on=train_classifier.AGAIN)
-
-    return load_model(ranks.from_first(make), device)
-
-
-def protocol(study: Study, classifier: Path | None) -> dict[str, Any]:
+def protocol(study: Study) -> dict[str, Any]:
     """Return what a reader must know to repeat the measurement."""
     dataset, checkpoint = study.dataset, study.checkpoint
     return {
@@ -153,7 +133,7 @@ def protocol(study: Study, classifier: Path | None) -> dict[str, Any]:
         "data_set": dataset.name,
         "classes": list(dataset.classes),
         "checkpoint": str(study.args.checkpoint),
-        "classifier": classifier and str(classifier),
+        "models": list(study.models),
         "seed": study.args.seed,
         "sizes": study.sizes,
         "splits": {name: len(getattr(dataset, name).labels) for name in ("train", "val", "test")},
@@ -184,9 +164,9 @@ def summary(found: dict[str, Any]) -> str:
     for name, row in found["classification"].items():
         ece = percent(row["calibration"]["ece"])
         lines.append(f"{name}: accuracy {percent(row['accuracy'])}, ECE {ece}")
-    for kind in ("buffer", "fresh"):
-        ratio = found["samples"]["kinds"][kind]["ratio_to_floor"]
-        lines.append(f"{kind} chains: {ratio:.2f} times the Fréchet floor")
+    for name, judge in found["samples"]["judges"].items():
+        ratios = ", ".join(f"{kind} {ratio(judge['kinds'][kind])}" for kind in ("buffer", "fresh"))
+        lines.append(f"times the Fréchet floor, judge {name}: {ratios}")
     return "\n".join(lines)
 
 

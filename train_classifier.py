@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sgld_nrg.models import load_model, predict
+from sgld_nrg.support import looks
 from sgld_nrg.support.augment import augmented
 from sgld_nrg.support.checkpoints import NEW_FLAGS, Checkpoint, load_for_all
 from sgld_nrg.support.data import Split
@@ -180,6 +181,7 @@ def main(args: Namespace) -> None:
         checkpoint = train(args, setup, resumed, args.max_minutes)
         _, accuracy = evaluate(load_model(checkpoint, setup.device), setup.dataset.test)
         report_files(args, [setup.folder / name for name in OUTPUTS])
+        looks.record("python train_classifier.py", args, args.dataset, "accuracy after training")
         print(f"test accuracy: {100 * accuracy:.2f} %")
 
 

@@ -28,9 +28,11 @@ from torch.nn.functional import cross_entropy, softplus
 from sgld_nrg import train_classifier
 from sgld_nrg.models import joint_energy, load_model, marginal_energy, predict
 from sgld_nrg.sgld import Langevin
+from sgld_nrg.support import looks
 from sgld_nrg.support.attacks import single_step
 from sgld_nrg.support.augment import add_noise, augmented, recast
 from sgld_nrg.support.checkpoints import Checkpoint
+from sgld_nrg.support.detector import detector_for
 from sgld_nrg.support.errors import exits_cleanly
 from sgld_nrg.support.guard import Guard, Healthy, largest_gap
 from sgld_nrg.support.log import report_files
@@ -378,6 +380,8 @@ def save(run: Training, buffer: ReplayBuffer, langevin: Langevin, healthy: Healt
         "guard": healthy.guard.state_dict(),
         "healthy": healthy.iterations(),
     }
+    if checkpoint["finished"]:
+        checkpoint["detector"] = detector_for(run.averaged, run.dataset).state_dict()
     run.journal.save(checkpoint)
     healthy.saved(checkpoint["finished"])
     return checkpoint
@@ -406,6 +410,7 @@ def main(args: Namespace) -> None:
         model = load_model(checkpoint, setup.device)
         _, accuracy = train_classifier.evaluate(model, setup.dataset.test)
         report_files(args, [setup.folder / name for name in OUTPUTS])
+        looks.record("python train_jem.py", args, args.dataset, "accuracy after training")
         print(f"test accuracy: {100 * accuracy:.2f} %")
         if not args.dry_run:
             path = shlex.quote(str(setup.folder / "jem.pt"))

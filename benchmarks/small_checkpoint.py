@@ -62,7 +62,8 @@ def small(checkpoint: dict[str, Any], parts: int, rank: int, chains: int) -> dic
         restart["mean"], restart["factor"] = mean, factor.gather(2, columns)
     buffer = {name: value[:chains].clone() for name, value in checkpoint["buffer"].items()}
     parts_of = {"model": checkpoint["model"], "restart": restart, "buffer": buffer}
-    needed = {name: checkpoint[name] for name in checkpoints.NEEDED["jem"]}
+    kept = [*checkpoints.NEEDED["jem"], "origin", "detector"]
+    needed = {name: checkpoint[name] for name in kept if name in checkpoint}
     return {**needed, **{name: halved(tensors) for name, tensors in parts_of.items()}}
 
 

@@ -39,6 +39,7 @@ SPLIT_SEED = 0
 TRAIN_FLAG = ({"train": True}, {"train": False})
 SPLIT_NAME = ({"split": "train"}, {"split": "test"})
 TORCHVISION: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "mnist": ("MNIST", {}, TRAIN_FLAG),
     "fashion-mnist": ("FashionMNIST", {}, TRAIN_FLAG),
     "kmnist": ("KMNIST", {}, TRAIN_FLAG),
     "emnist-letters": ("EMNIST", {"split": "letters"}, TRAIN_FLAG),
@@ -91,14 +92,14 @@ def load(
     reading: of a folder's images; see folders.read_labelled.
     Raises UserError for an unknown name, for damaged files, and for a download that fails.
     """
+    others = [other for other in TORCHVISION if other not in ("mnist", "omniglot")]
     loaders: dict[str, Callable[[], Dataset]] = {
         "digits": lambda: _load_digits(),
         "mnist": lambda: _load_mnist(data_dir),
         "folder": lambda: _load_folder(Path(data_dir), image_size, reading),
     }
-    for other in TORCHVISION:
-        if other != "omniglot":
-            loaders[other] = functools.partial(_load_torchvision, other, data_dir)
+    for other in others:
+        loaders[other] = functools.partial(_load_torchvision, other, data_dir)
     if name not in loaders:
         raise UserError(f"unknown data set {name!r}; choose from {', '.join(loaders)}")
     return loaders[name]()

@@ -39,6 +39,20 @@ CHECKPOINT = flag(
 CLASSIFIER = flag(
     "--classifier", str, "classifier checkpoint, instead of classifier.pt beside", metavar="FILE"
 )
+CONTROL = flag(
+    "--control",
+    str,
+    "checkpoint of the same network with the same attacks and augmentation and no density "
+    "(train_jem.py --p-x-weight 0), instead of control.pt beside",
+    metavar="FILE",
+)
+JUDGES = flag(
+    "--judges",
+    str,
+    "folder of the classifiers whose features judge samples; trained for a data set if missing",
+    "results/judges",
+    metavar="DIR",
+)
 DEVICE = flag("--device", str, "auto, cpu, cuda, cuda:N or mps", "auto")
 SEED = flag("--seed", seed, "seed of every random draw", 0)
 OUT_DIR = flag("--out-dir", str, "folder that receives everything the script writes")
@@ -394,9 +408,10 @@ MEASUREMENT: Group = (
         flag(
             "--longest-chain",
             positive_int,
-            "Langevin steps after which the long chains end; without it 10000, with --quick 100",
+            "Langevin steps after which the long chains end; without it 1000, with --quick 100",
             metavar="STEPS",
         ),
+        JUDGES,
         flag("--quick", bool, "smaller samples and fewer attacks: an answer within a minute"),
     ),
 )
@@ -424,4 +439,9 @@ PREDICT = (
     ("model", (CHECKPOINT,)),
     ("output", VERDICTS),
 )
-EVALUATE = (("data", OOD), ("model", (CHECKPOINT, CLASSIFIER)), MEASUREMENT, ("output", OUTPUT))
+EVALUATE = (
+    ("data", OOD),
+    ("model", (CHECKPOINT, CLASSIFIER, CONTROL)),
+    MEASUREMENT,
+    ("output", OUTPUT),
+)

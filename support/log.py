@@ -178,7 +178,8 @@ def git_commit() -> str | None:
     if not (HERE / ".git").exists():
         return None
     found = []
-    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]):
+    changed = ["status", "--porcelain", "-uno", ".", ":!results/looks.csv"]
+    for command in (["rev-parse", "HEAD"], changed):
         try:
             done = subprocess.run(
                 ["git", *command], cwd=HERE, capture_output=True, text=True, check=True

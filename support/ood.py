@@ -1,13 +1,16 @@
-"""Out-of-distribution sets, each a tensor of images shaped like the model's, pixels in [-1, 1]."""
+"""Out-of-distribution sets and disturbances, images shaped like the model's, pixels in [-1, 1]."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from sgld_nrg.support.data import TORCHVISION, raw_images, torchvision_part
 from sgld_nrg.support.errors import UserError
@@ -19,6 +22,7 @@ from sgld_nrg.support.images import (
     open_pictures,
     read_all,
 )
+from sgld_nrg.support.pixels import from_bytes, to_unit
 
 
 def _uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,10 +52,49 @@ GENERATED: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "uniform-noise": _uniform_noise,
     "gaussian-noise": _gaussian_noise,
     "constant": _constant,
+    "black": lambda images, generator: torch.full_like(images, -1),
+    "white": lambda images, generator: torch.ones_like(images),
     "interpolations": _interpolations,
     "rotated": lambda images, generator: images.rot90(1, (2, 3)),
     "inverted": lambda images, generator: -images,
     "permuted": _permuted,
+}
+
+
+def _through_jpeg(images: Tensor) -> Tensor:
+    """Return what is left of images after a JPEG file of quality 75."""
+    channels = images.shape[1]
+    found = []
+    for image in (to_unit(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image if channels == 3 else image[..., 0]).save(file, "JPEG", quality=75)
+        pixels = torch.from_numpy(np.array(Image.open(file)))
+        found.append(pixels.view(*image.shape).permute(2, 0, 1))
+    return from_bytes(torch.stack(found)).to(images.device)
+
+
+def _noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return (images + 0.04 * noise).clamp(-1, 1)
+
+
+def _moved(images: Tensor, pixels: int) -> Tensor:
+    """Move images down and to the right, their border repeated."""
+    grown = pad(images, (pixels, 0, pixels, 0), "replicate")
+    return grown[..., : images.shape[2], : images.shape[3]]
+
+
+# What befalls ordinary pictures, which should not make them look unfamiliar.
+DISTURBANCES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "none": lambda images, generator: images,
+    "faint noise (0.04)": _noisy,
+    "blur": lambda images, generator: avg_pool2d(pad(images, (1,) * 4, "replicate"), 3, stride=1),
+    "JPEG (quality 75)": lambda images, generator: _through_jpeg(images),
+    "shift by 1 pixel": lambda images, generator: _moved(images, 1),
+    "shift by 2 pixels": lambda images, generator: _moved(images, 2),
+    "thicker stroke": lambda images, generator: max_pool2d(
+        pad(images, (1, 0, 1, 0), "replicate"), 2, stride=1
+    ),
 }
 
 

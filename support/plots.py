@@ -23,7 +23,7 @@ from sgld_nrg.support.pixels import to_unit
 
 DATA_COLOUR, CHAIN_COLOUR, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MODEL_COLOURS = {"jem": CHAIN_COLOUR, "classifier": DATA_COLOUR}
+MODEL_COLOURS = {"jem": CHAIN_COLOUR, "classifier": DATA_COLOUR, "control": "#009E73"}
 # Panels of `save_curves`: a title, and (column of metrics.csv, label, colour) of each curve.
 CURVES = (
     (
@@ -217,7 +217,7 @@ def save_robustness(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Pa
             low, high = zip(*[row["interval"] for row in rows], strict=True)
             axis.fill_between(epsilons, low, high, color=colour, alpha=0.2)
         title = "L∞" if norm == "linf" else "L2"
-        axis.set(title=f"PGD, {title}", xlabel=f"ε ({title} norm, pixels on [0, 1])")
+        axis.set(title=f"Auto-PGD, {title}", xlabel=f"ε ({title} norm, pixels on [0, 1])")
         axis.set(ylabel="accuracy under attack", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

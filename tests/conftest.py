@@ -18,6 +18,8 @@ SHARED = ROOT.parent / "shared" / "data"
 if SHARED.is_dir():
     os.environ.setdefault("SGLD_NRG_DATA", str(SHARED))
 
+os.environ["SGLD_NRG_LOOKS"] = os.devnull  # what tests look at is no one's choice
+
 TINY = ["--dataset", "digits", "--width", "8", "--epochs", "4", "--buffer-size", "200"]
 TINY += ["--warmup-iterations", "20"]
 

@@ -1,8 +1,10 @@
 """The report, end to end on the tiny run, and out-of-distribution data of every kind."""
 
+import csv
 import json
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +12,23 @@ import torch
 from conftest import generator, run
 from PIL import Image
 
-from sgld_nrg import evaluate, train_classifier
 from sgld_nrg.models import joint_energy, load_model, marginal_energy, predict
-from sgld_nrg.support import ood, plots, sample_metrics
+from sgld_nrg.support import looks, ood, plots, sample_metrics
 from sgld_nrg.support.checkpoints import load_checkpoint, save_checkpoint
 from sgld_nrg.support.commands import parse
 from sgld_nrg.support.data import TORCHVISION
+from sgld_nrg.support.detector import detector_for
 from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.judges import JUDGES, judges
 from sgld_nrg.support.parallel import Alone
-from sgld_nrg.support.parser import plain
-from sgld_nrg.support.presets import PRESETS
-from sgld_nrg.support.report import detection, long_chains, study
+from sgld_nrg.support.report import (
+    class_conditional,
+    detection,
+    long_chains,
+    samples,
+    study,
+    unfamiliar,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,18 +40,21 @@ def report(tiny_run, tmp_path_factory):
     own = folder.parent / "my images.npz"
     pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
     np.savez(own, images=pixels)
-    train = train_classifier.train
-
-    def for_two_epochs(args, *rest, **more):
-        args.epochs = 2
-        return train(args, *rest, **more)
-
+    control = folder.parent / "control.pt"
+    save_checkpoint(control, "jem", **without_density(tiny_run / "jem.pt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "QUICK", study.DRY_RUN)
-        patch.setattr(train_classifier, "train", for_two_epochs)
-        flags = ("--quick", "--ood", "uniform-noise", "inverted", own)
+        patch.setenv("SGLD_NRG_LOOKS", str(folder.parent / "looks.csv"))
+        flags = ("--quick", "--control", control, "--ood", "uniform-noise", "inverted", own)
         run("evaluate", "--checkpoint", tiny_run / "jem.pt", "--out-dir", folder, *flags)
     return folder
+
+
+def without_density(path):
+    """Return a checkpoint that says that it was trained without a density."""
+    state = load_checkpoint(path, "jem")
+    del state["format"], state["kind"]
+    return {**state, "args": {**state["args"], "p_x_weight": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +64,14 @@ def found(report):
 
 
 @pytest.fixture(scope="module")
-def network(report, digits):
-    """The independent classifier that the report trained."""
-    return evaluate.feature_network(digits, report, CPU, Alone())
+def networks(digits):
+    """The judges of the digits, which come with the project."""
+    return judges(digits, Path("nowhere"), CPU, Alone())
 
 
 @pytest.fixture
-def prepared(network, monkeypatch):
-    """Let evaluate.py train no network and draw no figures, which takes longer than to measure."""
-    monkeypatch.setattr(evaluate, "feature_network", lambda *_: network)
+def no_figures(monkeypatch):
+    """Let evaluate.py draw no figures, which takes longer than to measure."""
     monkeypatch.setattr(plots, "finish", lambda figure, path: None)
 
 
@@ -70,13 +80,14 @@ def test_the_report_has_every_section_for_both_models_with_intervals(found):
         "protocol",
         "classification",
         "out_of_distribution",
+        "unfamiliar",
         "robustness",
         "samples",
         "class_conditional",
         "long_chains",
         "chains",
     ]
-    for name in ("jem", "classifier"):
+    for name in ("classifier", "control", "jem"):
         row = found["classification"][name]
         low, high = row["intervals"]["accuracy"]
         assert low <= row["accuracy"] <= high
@@ -86,10 +97,11 @@ def test_the_report_has_every_section_for_both_models_with_intervals(found):
             assert set(scores) == set(detection.SCORES)
     protocol = found["protocol"]
     assert protocol["sizes"]["bins"] == 15 and protocol["splits"]["test"] == 360
-    kinds = {"training images", "buffer", "fresh", "test images"}
-    assert set(found["samples"]["kinds"]) == kinds
+    for judge in JUDGES:
+        kinds = {"training images", "buffer", "fresh"}
+        assert set(found["samples"]["judges"][judge]["kinds"]) == kinds
+        assert list(found["long_chains"]["judges"][judge]["steps"]) == ["0", "10"]
     assert set(found["robustness"]["curves"]) == {"linf", "l2"}
-    assert list(found["long_chains"]["steps"]) == ["0", "10"]
 
 
 def test_the_numbers_are_those_of_the_model(found, checkpoint, digits):
@@ -98,7 +110,7 @@ def test_the_numbers_are_those_of_the_model(found, checkpoint, digits):
     accuracy = (logits.argmax(1) == digits.test.labels).double().mean()
     assert found["classification"]["jem"]["accuracy"] == pytest.approx(accuracy.item())
     inverted, _ = ood.load_ood("inverted", digits.test.images, "unused", 50, generator())
-    outside, inside = marginal_energy(predict(model, inverted)), marginal_energy(logits)
+    outside, inside = marginal_energy(predict(model, inverted)), marginal_energy(logits[:50])
     higher = (outside[None] > inside[:, None]).double().mean()
     auroc = found["out_of_distribution"]["results"]["jem"]["inverted"]["energy"]["auroc"]
     assert auroc == pytest.approx(higher.item(), abs=1e-3)
@@ -108,7 +120,7 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
     text = (report / "report.md").read_text()
     figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     pictures = {path.name for path in report.iterdir() if path.suffix == ".png"}
-    assert set(figures) == pictures and len(figures) == 13
+    assert set(figures) == pictures and len(figures) == 14
     for name in figures:
         with Image.open(report / name) as picture:
             assert picture.size[0] > 100
@@ -116,30 +128,8 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
     assert "my images: 30 images, colour, 12x12, uint8 from 0 to 255, as 1x8x8" in text
 
 
-def test_one_folder_keeps_a_feature_classifier_for_each_data_set(report, digits):
-    place = report / "feature-classifier-digits" / "classifier.pt"
-    written = place.stat().st_mtime_ns
-    evaluate.feature_network(digits, report, CPU, Alone())
-    assert place.stat().st_mtime_ns == written  # the finished one is used again
-    assert load_checkpoint(place, "classifier")["dataset"] == "digits"
-
-
-def test_the_network_that_judges_samples_does_not_follow_the_preset(tmp_path, digits, monkeypatch):
-    used = []
-    train = lambda args, *_, **__: used.append(plain(args)) or {}  # noqa: E731
-    monkeypatch.setattr(train_classifier, "train", train)
-    monkeypatch.setattr(evaluate, "load_model", lambda *_: None)
-    evaluate.feature_network(digits, tmp_path, CPU, Alone())
-    changed = {"width": 8, "depth": 3, "batch_size": 32, "lr": 0.5, "warmup_iterations": 7}
-    changed |= {"ema_decay": 0.5, "input_noise": 0.5}
-    assert changed.keys() <= PRESETS["digits"].keys()
-    monkeypatch.setitem(PRESETS, "digits", {**PRESETS["digits"], **changed})
-    evaluate.feature_network(digits, tmp_path, CPU, Alone())
-    assert used[0] == used[1]
-
-
 def test_a_missing_classifier_leaves_the_jem_alone_and_no_attacks_says_so(
-    tiny_run, prepared, tmp_path, monkeypatch
+    tiny_run, no_figures, tmp_path, monkeypatch
 ):
     (tmp_path / "jem.pt").write_bytes((tiny_run / "jem.pt").read_bytes())
     monkeypatch.setattr(study, "QUICK", study.DRY_RUN)
@@ -151,9 +141,9 @@ def test_a_missing_classifier_leaves_the_jem_alone_and_no_attacks_says_so(
 
 
 def test_scores_that_are_not_finite_are_an_error_that_names_them(
-    tiny_run, prepared, monkeypatch, capsys
+    tiny_run, no_figures, monkeypatch, capsys
 ):
-    def broken(model, images):
+    def broken(detector, images, median):
         scores = {name: np.zeros(len(images)) for name in detection.SCORES}
         return {**scores, "energy": np.full(len(images), np.nan)}
 
@@ -161,7 +151,7 @@ def test_scores_that_are_not_finite_are_an_error_that_names_them(
     flags = "--dry-run --ood constant --attacks none"
     with pytest.raises(SystemExit) as caught:
         run("evaluate", "--checkpoint", tiny_run / "jem.pt", *flags.split())
-    assert caught.value.code == 1 and "jem energy on constant" in capsys.readouterr().err
+    assert caught.value.code == 1 and "energy on constant" in capsys.readouterr().err
 
 
 def test_class_conditional_chains_climb_the_logit_of_the_class_that_they_were_asked_for(checkpoint):
@@ -175,32 +165,164 @@ def test_class_conditional_chains_climb_the_logit_of_the_class_that_they_were_as
 
 
 def test_long_chains_are_one_run_whose_first_row_is_the_restart_distribution(
-    tmp_path, network, checkpoint, digits
+    tmp_path, networks, checkpoint, digits
 ):
     model, sizes = load_model(checkpoint), {"long_chains": 50, "longest": 30}
-    seen = (digits, checkpoint, {"jem": model}, network, ({}, {}, []), tmp_path)
+    seen = (digits, checkpoint, {"jem": model}, networks, ({}, {}, []), tmp_path)
     measured = long_chains.measure(study.Study(Namespace(seed=0), sizes, CPU, *seen))
-    assert list(measured["steps"]) == ["0", "10", "30"]
+    judge, rows = networks["vgg"], measured["judges"]["vgg"]
+    assert list(rows["steps"]) == ["0", "10", "30"]
     source = generator(3)
     x, _ = study.starts(checkpoint, 50, source)
-    reference = predict(network.features, digits.test.images)
+    reference = predict(judge.features, digits.test.images[:50])
     for steps, more in (("0", 0), ("10", 10), ("30", 20)):
         x = study.extend(checkpoint, model, x, more, source)
-        distance = sample_metrics.frechet_distance(predict(network.features, x), reference)
-        row = measured["steps"][steps]
+        distance = sample_metrics.frechet_distance(predict(judge.features, x), reference)
+        row = rows["steps"][steps]
         assert row["frechet_distance"] == pytest.approx(distance)
-        assert row["ratio_to_floor"] == pytest.approx(distance / measured["floor"])
+        assert row["ratio_to_floor"] == pytest.approx(distance / rows["floor"])
+
+
+def test_the_floor_is_the_mean_over_eight_draws_of_as_many_training_images(networks, digits):
+    judge, reference = networks["convmixer"], digits.test.images[:60]
+    yardstick = study.Yardstick(judge, reference, digits.train.images)
+    features = [predict(judge.features, x) for x in (reference, digits.train.images)]
+    distances = []
+    for draw in range(8):
+        rows = torch.randperm(len(features[1]), generator=generator(draw))[:60]
+        distances.append(sample_metrics.frechet_distance(features[1][rows], features[0]))
+    assert yardstick.floor == pytest.approx(sum(distances) / 8, rel=1e-4)
+    assert yardstick.deviation == pytest.approx(np.std(distances, ddof=1), rel=1e-3)
+    found = yardstick.judge_images(digits.val.images[:60])
+    assert found["deviation"] / found["ratio_to_floor"] == pytest.approx(
+        yardstick.deviation / yardstick.floor
+    )
+    with pytest.raises(ValueError, match="59 images cannot be judged against 60"):
+        yardstick.judge_images(digits.val.images[:59])
+
+
+def test_samples_are_judged_against_the_floor_with_their_own_precision_and_recall(
+    tmp_path, networks, checkpoint, digits, no_figures
+):
+    sizes = {"samples": 100, "nearest": 20}
+    models = {"jem": load_model(checkpoint)}
+    few = {**checkpoint, "buffer": {**checkpoint["buffer"]}}
+    few["buffer"]["images"] = digits.train.images[:1].expand(200, -1, -1, -1)  # one picture
+    seen = (digits, few, models, networks, ({}, {}, []), tmp_path)
+    measured = samples.measure(study.Study(Namespace(seed=0), sizes, CPU, *seen))
+    for judge in measured["judges"].values():
+        kinds = judge["kinds"]
+        assert kinds["buffer"]["precision"] == 1 and kinds["buffer"]["recall"] < 0.2
+        for row in kinds.values():
+            ratio = row["frechet_distance"] / judge["floor"]
+            assert row["ratio_to_floor"] == pytest.approx(ratio)
+    near = measured["distance_to_nearest_training_image"]
+    assert near["buffer"]["median"] == 0 < near["test images"]["smallest"]
+    table = next(part for part in samples.words(measured, sizes).split("\n\n") if "| --" in part)
+    head, _, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    shown = {(row[0], row[1]): dict(zip(head, row, strict=True)) for row in rows}
+    row = measured["judges"]["vgg"]["kinds"]["buffer"]
+    assert shown["vgg", "buffer"]["recall"] == f"{row['recall']:.3f}"
+    assert shown["vgg", "buffer"]["precision"] == "1.000"
+    worst = max(
+        networks, key=lambda name: measured["judges"][name]["kinds"]["fresh"]["ratio_to_floor"]
+    )
+    assert rows[0][0] == worst  # the worse judge comes first
+
+
+def test_changed_chains_start_in_another_class_and_are_counted_when_read_as_asked(
+    tmp_path, checkpoint, digits, monkeypatch, no_figures
+):
+    asked = []
+
+    def arrive(checkpoint, model, x, steps, source, labels):
+        asked.append(labels)
+        return labels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10  # as if all arrived
+
+    class Reader(torch.nn.Module):
+        """Reads the class that `arrive` wrote."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            read = (x[:, 0, 0, 0] * 10).round().long().clamp(0, 9)
+            return torch.nn.functional.one_hot(read, 10).float()
+
+    monkeypatch.setattr(class_conditional, "extend", arrive)
+    models, sizes = {"jem": load_model(checkpoint)}, {"conditional": 200, "resamples": 10}
+    seen = (digits, checkpoint, models, {"reader": Reader()}, ({}, {}, []), tmp_path)
+    measured = class_conditional.measure(study.Study(Namespace(seed=0), sizes, CPU, *seen))
+    own, other = asked
+    assert (own != other).all() and len(set(zip(own.tolist(), other.tolist(), strict=True))) == 90
+    found = measured["judges"]["reader"]
+    assert found["as_asked"]["share"] == found["changed"]["share"] == 1
+    assert found["of_the_starts"]["share"] < 0.5
+
+
+def test_the_detector_is_judged_on_the_whole_test_set_and_disturbances_one_by_one(
+    tmp_path, checkpoint, digits
+):
+    models = {"jem": load_model(checkpoint)}
+    seen = (digits, checkpoint, models, {}, ({}, {}, []), tmp_path)
+    looked = study.Study(Namespace(seed=0), {"ood": 100}, CPU, *seen)
+    found = unfamiliar.measure(looked)
+    p_values = looked.detectors["jem"].p_values(digits.test.images)
+    for alpha in unfamiliar.ALPHAS:
+        share = (p_values <= alpha).double().mean().item()
+        row = found["promises"][str(alpha)]["unfamiliar"]
+        assert row["share"] == share and row["images"] == 360
+        assert row["interval"][0] <= share <= row["interval"][1]
+        missed = found["promises"][str(alpha)]["label_missed"]
+        assert missed["share"] <= alpha + 3 * (alpha / 180) ** 0.5
+    assert set(found["disturbed"]) == set(ood.DISTURBANCES)
+    assert "called unfamiliar" in unfamiliar.words(found, {})
+
+
+def test_disturbances_keep_shape_and_range_and_change_little(digits):
+    images = digits.test.images[:40]
+    for name, disturb in ood.DISTURBANCES.items():
+        seen = disturb(images, generator())
+        assert seen.shape == images.shape and seen.abs().max() <= 1, name
+        assert torch.equal(seen, images) == (name == "none")
+    thicker = ood.DISTURBANCES["thicker stroke"](images, generator())
+    assert (thicker >= images).all()
+    moved = ood.DISTURBANCES["shift by 1 pixel"](images, generator())
+    assert torch.equal(moved[..., 1:, 1:], images[..., :-1, :-1])
+
+
+def test_a_report_is_a_look_at_the_test_set_and_a_dry_run_is_none(report, tiny_run, monkeypatch):
+    rows = list(csv.DictReader((report.parent / "looks.csv").open()))
+    assert [row["data_set"] for row in rows] == ["digits"]
+    assert rows[0]["command"].startswith("python evaluate.py --checkpoint")
+    assert rows[0]["what_for"] == "report" and rows[0]["date"].startswith("20")
+    monkeypatch.setenv("SGLD_NRG_LOOKS", str(report.parent / "looks.csv"))
+    looks.record("python evaluate.py", Namespace(dry_run=True, given=frozenset()), "digits", "")
+    looks.record("python x.py", Namespace(dry_run=False, given=frozenset()), "mnist", "to see")
+    rows = list(csv.DictReader((report.parent / "looks.csv").open()))
+    assert [row["data_set"] for row in rows] == ["digits", "mnist"]
+
+
+def test_a_control_with_a_density_is_refused(tiny_run, capsys):
+    flags = ("--control", tiny_run / "jem.pt", "--dry-run")
+    with pytest.raises(SystemExit) as caught:
+        run("evaluate", "--checkpoint", tiny_run / "jem.pt", *flags)
+    assert caught.value.code == 2 and "--p-x-weight 0" in capsys.readouterr().err
 
 
 def test_the_gradient_norm_is_that_of_the_energy(checkpoint, digits):
     model = load_model(checkpoint)
     x = digits.test.images[:5].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(marginal_energy(model(x)).sum(), x)
-    scores = detection.ood_scores(model, digits.test.images[:5])
+    detector = detector_for(model, digits)
+    scores = detection.ood_scores(detector, digits.test.images[:5], median=-3.0)
     norms = gradient.flatten(1).norm(dim=1).numpy()
     np.testing.assert_allclose(scores["grad_norm"], norms, rtol=1e-4)
     probabilities = model(x).softmax(1).amax(1).detach().numpy()
     np.testing.assert_allclose(scores["max_prob"], -probabilities, rtol=1e-4)
+    np.testing.assert_allclose(scores["typicality"], np.abs(scores["energy"] + 3), rtol=1e-6)
+    np.testing.assert_allclose(scores["detector"], detector.scores(digits.test.images[:5]))
 
 
 @pytest.mark.parametrize("name", ood.GENERATED)

@@ -1,4 +1,4 @@
-"""Pictures of another contrast as outliers, whole-pixel shifts, and the control without a density."""
+"""Outliers, whole-pixel shifts, standardised filters, and the control without a density."""
 
 import math
 

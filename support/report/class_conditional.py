@@ -12,38 +12,67 @@ from sgld_nrg.support import metrics, plots
 from sgld_nrg.support.origin import named
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.study import Study, extend, starts
-from sgld_nrg.support.report.words import interval, percent
+from sgld_nrg.support.report.words import interval, percent, table, worse_first
+
+CHANGING_STEPS = 100  # of a chain that starts in another class
 
 
 def measure(study: Study) -> dict[str, Any]:
-    """Measure the share that an independent classifier reads as asked; draws ten of each class."""
-    generator, checkpoint = study.generator(4), study.checkpoint
+    """Measure the shares that the judges read as asked; draws ten chains of each class.
+
+    As asked: of chains that start in the class's own restart distribution, and of these starts.
+    Changed: of chains that start in another class's, the others by turns, and of these starts.
+    """
+    generator, checkpoint, model = study.generator(4), study.checkpoint, study.models["jem"]
+    classes = study.dataset.classes
     x, labels = starts(checkpoint, study.sizes["conditional"], generator, by_turns=True)
-    before = predict(study.network, x).argmax(1) == labels
-    x = extend(checkpoint, study.models["jem"], x, FRESH_STEPS, generator, labels)
-    read = predict(study.network, x.clamp(-1, 1)).argmax(1)
-    right = (read == labels).double().cpu().numpy()
-    rows = [x[labels == label][:10] for label in range(study.dataset.num_classes)]
+    ends = extend(checkpoint, model, x, FRESH_STEPS, generator, labels)
+    further = 1 + torch.arange(len(labels), device=labels.device) // len(classes)
+    wanted = (labels + 1 + further % (len(classes) - 1)) % len(classes)
+    changed = extend(checkpoint, model, x, CHANGING_STEPS, generator, wanted)
+    images = {
+        "as_asked": (ends, labels),
+        "of_the_starts": (x, labels),
+        "changed": (changed, wanted),
+        "changed_before": (x, wanted),
+    }
+    judged = {}
+    for name, judge in study.judges.items():
+        judged[name] = {}
+        for kind, (pictures, asked) in images.items():
+            right = predict(judge, pictures.clamp(-1, 1)).argmax(1) == asked
+            share = right.double().cpu().numpy()
+            around = metrics.bootstrap(np.mean, share, resamples=study.sizes["resamples"])
+            judged[name][kind] = {"share": float(share.mean()), "interval": around}
+    rows = [ends[labels == label][:10] for label in range(len(classes))]
     columns = min(map(len, rows))
     grid = torch.cat([row[:columns] for row in rows])
-    classes = study.dataset.classes
     names = classes if named(classes) else ()
     plots.save_grid(grid, study.folder / "class-conditional.png", columns, names)
     return {
         "chains": len(labels),
         "steps": FRESH_STEPS,
-        "share_as_asked": float(right.mean()),
-        "interval": metrics.bootstrap(np.mean, right, resamples=study.sizes["resamples"]),
-        "share_of_the_starts": float(before.double().mean()),
+        "changing_steps": CHANGING_STEPS,
+        "judges": judged,
     }
 
 
 def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     """Return the section of report.md."""
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{percent(row['share'])} {interval(row['interval'], 100, 1)}"
+
+    judges = worse_first(
+        found["judges"], lambda judge: {"ratio_to_floor": -judge["changed"]["share"]}
+    )
+    rows = [[name, *map(cell, judge.values())] for name, judge in judges]
+    header = ["judge", "own class", "of its starts", "another class", "of its starts"]
     return (
-        f"## Class-conditional chains\n\nOf {found['chains']} chains of {found['steps']} steps on "
-        "E(x, y), started in the class's restart distribution, the independent classifier reads "
-        f"{percent(found['share_as_asked'])} {interval(found['interval'], 100, 1)} as the class "
-        f"that was asked for (of their starts {percent(found['share_of_the_starts'])}). A row for "
-        "each class:\n\n![Class-conditional chains](class-conditional.png)"
+        f"## Class-conditional chains\n\nThe share of {found['chains']} chains on E(x, y) that a "
+        "judge reads as the class asked for: of those that start in that class's restart "
+        f"distribution, after {found['steps']} steps, and of those that start in another class's "
+        f"and have to change, after {found['changing_steps']}; beside each the share of the starts "
+        f"that are read so already.\n\n{table(header, rows)}\n\nA row for each class:\n\n"
+        "![Class-conditional chains](class-conditional.png)"
     )

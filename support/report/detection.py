@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgld_nrg.models import energy_of, marginal_energy, predict
 from sgld_nrg.sgld import energy_and_gradient
 from sgld_nrg.support import metrics, ood, plots
 from sgld_nrg.support.data import TORCHVISION, Dataset
+from sgld_nrg.support.detector import Detector
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.images import reading_from
 from sgld_nrg.support.report.study import PRECISION, Study
 from sgld_nrg.support.report.words import interval, table
 
-SCORES = ("energy", "max_prob", "grad_norm")
+SCORES = ("detector", "energy", "typicality", "max_prob", "grad_norm")
 INSIDE = "test set"
 MEASURES = ("auroc", "average_precision", "fpr95")
 
@@ -60,17 +61,23 @@ def ood_sets(
     return sets, described, skipped
 
 
-def ood_scores(model: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
+def ood_scores(detector: Detector, images: Tensor, median: float) -> dict[str, np.ndarray]:
     """Return the OOD scores of images (N, C, H, W): {score: (N,) float64}, high = out.
 
-    energy: E(x). max_prob: minus the largest softmax probability. grad_norm: the L2 norm of dE/dx,
-    the paper's approximate mass (arXiv 1912.03263, section 5.3) with the sign turned.
+    detector: its own score, and the network behind the others. energy: E(x). typicality:
+    |E(x) - median|, median: of training images' energies. max_prob: minus the largest softmax
+    probability. grad_norm: the L2 norm of dE/dx, the paper's approximate mass (arXiv 1912.03263,
+    section 5.3) with the sign turned.
     """
+    model = detector.model
     logits = predict(model, images).double()
     energy = energy_of(model, PRECISION)
     gradient = torch.cat([energy_and_gradient(energy, part)[1] for part in images.split(500)])
+    energies = marginal_energy(logits).cpu().numpy()
     return {
-        "energy": marginal_energy(logits).cpu().numpy(),
+        "detector": detector.scores(images).numpy(),
+        "energy": energies,
+        "typicality": np.abs(energies - median),
         "max_prob": -logits.softmax(1).amax(1).cpu().numpy(),
         "grad_norm": gradient.flatten(1).double().norm(dim=1).cpu().numpy(),
     }
@@ -92,9 +99,13 @@ def measure(study: Study) -> dict[str, Any]:
     """Return {"sets", "skipped", "results": {model: {set: {score: {...}}}}}; draws the scores."""
     sets, described, skipped = study.ood
     results, scored = {}, {}
+    test = study.dataset.test.images[: study.sizes["ood"]].to(study.device)
+    train = study.dataset.train.images[: study.sizes["ood"]]
     for model_name, model in study.models.items():
-        inside = ood_scores(model, study.dataset.test.images.to(study.device))
-        outside = {label: ood_scores(model, images) for label, images in sets.items()}
+        median = marginal_energy(predict(model, train)).median().item()
+        detector = study.detectors[model_name]
+        inside = ood_scores(detector, test, median)
+        outside = {label: ood_scores(detector, images, median) for label, images in sets.items()}
         scored[model_name] = {INSIDE: inside, **outside}
         results[model_name] = {
             label: {
@@ -121,23 +132,29 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
         auroc = f"{row['auroc']:.3f} {interval(row['intervals']['auroc'])}"
         return f"{auroc} / {row['average_precision']:.3f} / {row['fpr95']:.3f}"
 
+    models = found["results"]
     tables = []
-    for model, sets in found["results"].items():
-        rows = [[name, *map(cell, scores.values())] for name, scores in sets.items()]
-        header = ["set", *next(iter(sets.values()))]
-        tables += [
-            f"### {model}: AUROC / average precision / FPR at 95 % TPR\n\n{table(header, rows)}",
-            f"![Histograms of the scores of the {model}](ood-histograms-{model}.png)",
+    for score in SCORES:
+        rows = [
+            [name, *(cell(results[name][score]) for results in models.values())]
+            for name in found["sets"]
         ]
+        tables.append(f"### {score}\n\n{table(['set', *models], rows)}")
+    figures = [
+        f"![Histograms of the scores of the {name}](ood-histograms-{name}.png)" for name in models
+    ]
     lines = [f"- {name}: {what}" for name, what in found["sets"].items()]
     lines += [f"- skipped: {line}" for line in found["skipped"]]
     return "\n\n".join(
         [
             "## Out-of-distribution detection",
-            "The positive class is the data out of distribution, the negative class the test set; "
-            "a high score means out of distribution. energy is E(x), max_prob minus the largest "
+            "AUROC / average precision / FPR at 95 % TPR. The positive class is the data out of "
+            "distribution, the negative class the test set; a high score means out of it. "
+            "detector is support/detector.py's, fitted to each model alike; energy is E(x), "
+            "typicality its distance from the training images' median, max_prob minus the largest "
             "softmax probability, grad_norm ‖∂E/∂x‖.",
             *tables,
+            *figures,
             "![ROC curves](ood-roc.png)",
             "\n".join(lines),
         ]

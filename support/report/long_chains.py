@@ -6,52 +6,59 @@ from typing import Any
 
 import torch
 
-from sgld_nrg.support import plots, sample_metrics
-from sgld_nrg.support.report.study import Study, compare, extend, features_of, starts
-from sgld_nrg.support.report.words import table
+from sgld_nrg.support import plots
+from sgld_nrg.support.report.study import Study, extend, starts
+from sgld_nrg.support.report.words import ratio, table, worse_first
 
 STEPS = (10, 30, 100, 300, 1000, 3000, 10_000)
+SCORES = ("frechet_distance", "ratio_to_floor", "deviation", "precision", "recall", "entropy")
 
 
 def measure(study: Study) -> dict[str, Any]:
-    """Judge chains by the number of steps: Fréchet distance, ratio to the floor, class entropy.
+    """Judge chains by the number of steps; draws the first chains, a row a number.
 
-    The floor is the distance of as many training images. Draws the first chains, a row a number.
+    Returns for each judge its floor, that of as many training images as chains, and of what
+    `Yardstick.judge_features` says the SCORES after each number of steps.
     """
-    dataset, network, generator = study.dataset, study.network, study.generator(3)
-    count = min(study.sizes["long_chains"], len(dataset.test.labels), len(dataset.train.labels))
-    reference = features_of(network, dataset.test.images)
-    train = study.shuffled_training_images()[:count]
-    floor = sample_metrics.frechet_distance(features_of(network, train), reference)
+    dataset, generator = study.dataset, study.generator(3)
+    splits = (dataset.test, dataset.train)
+    count = min(study.sizes["long_chains"], *(len(split.labels) for split in splits))
+    yardsticks = study.yardsticks(count)
+    judged: dict[str, Any] = {
+        name: {"floor": yardstick.floor, "floor_deviation": yardstick.deviation, "steps": {}}
+        for name, yardstick in yardsticks.items()
+    }
     x, _ = starts(study.checkpoint, count, generator)
-    done, found, pictures = 0, {}, []
+    done, pictures = 0, []
     for steps in [0, *(steps for steps in STEPS if steps <= study.sizes["longest"])]:
         x = extend(study.checkpoint, study.models["jem"], x, steps - done, generator)
         done = steps
-        row = compare(network, features_of(network, x), reference, floor, dataset.num_classes)
-        kept = ("frechet_distance", "ratio_to_floor", "entropy")
-        found[str(steps)] = {score: row[score] for score in kept}
+        for name, yardstick in yardsticks.items():
+            row = yardstick.judge_images(x)
+            judged[name]["steps"][str(steps)] = {score: row[score] for score in SCORES}
         pictures.append(x[:16].cpu())
     grid, columns = torch.cat(pictures), len(pictures[0])
     plots.save_grid(grid, study.folder / "long-chains.png", columns=columns)
-    return {"chains": count, "floor": floor, "steps": found}
+    return {"chains": count, "judges": judged}
 
 
 def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     """Return the section of report.md."""
-    rows = [
-        [
-            steps,
-            f"{row['frechet_distance']:.2f}",
-            f"{row['ratio_to_floor']:.2f}",
-            f"{row['entropy']:.4f}",
-        ]
-        for steps, row in found["steps"].items()
-    ]
-    header = ["steps", "Fréchet distance", "of the floor", "class entropy / ln K"]
+
+    def last(judge: dict[str, Any]) -> dict[str, Any]:
+        return list(judge["steps"].values())[-1]
+
+    rows = []
+    for name, judge in worse_first(found["judges"], last):
+        for steps, row in judge["steps"].items():
+            cells = [f"{row['frechet_distance']:.2f}", ratio(row)]
+            cells += [f"{row[score]:.3f}" for score in ("precision", "recall")]
+            rows.append([name, steps, *cells, f"{row['entropy']:.4f}"])
+    header = ["judge", "steps", "Fréchet distance", "of the floor", "precision", "recall"]
     return (
-        f"## Long chains\n\n{found['chains']} fresh chains, judged after more and more steps; the "
-        f"floor is {found['floor']:.2f}, that of as many training images.\n\n{table(header, rows)}"
+        f"## Long chains\n\n{found['chains']} fresh chains, judged after more and more steps "
+        "against as many test images, with the floor of as many training images.\n\n"
+        f"{table([*header, 'class entropy / ln K'], rows)}"
         "\n\nThe same chains in each row, the number of steps growing downwards:\n\n"
         "![Long chains](long-chains.png)"
     )

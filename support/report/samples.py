@@ -1,4 +1,4 @@
-"""Section: the buffer's and fresh chains, judged by the features of an independent classifier."""
+"""Section: the buffer's and fresh chains, judged by the features of independent classifiers."""
 
 from __future__ import annotations
 
@@ -8,95 +8,89 @@ import torch
 
 from sgld_nrg.support import plots, sample_metrics
 from sgld_nrg.support.presets import FRESH_STEPS
-from sgld_nrg.support.report.study import Study, compare, features_of, fresh_chains
-from sgld_nrg.support.report.words import table
+from sgld_nrg.support.report.study import Study, fresh_chains
+from sgld_nrg.support.report.words import ratio, table, worse_first
 
 
 def measure(study: Study) -> dict[str, Any]:
     """Judge samples; draws them, and the nearest training images.
 
-    Returns the Fréchet distance to the test set, its ratio to the floor (as many training images),
-    precision and recall, and class histogram, of training images, the buffer's and fresh chains;
-    and the distances to the nearest training image, of both kinds of chains and of the test set.
+    Returns for each judge its floor and, of the buffer's and fresh chains, what
+    `Yardstick.judge_features` says; of training images the same, of one of the floor's draws; and
+    the distances to the nearest training image, of both kinds of chains and of the test set.
     """
-    dataset, checkpoint, network = study.dataset, study.checkpoint, study.network
-    generator, buffer = study.generator(), study.checkpoint["buffer"]["images"].to(study.device)
+    dataset, checkpoint = study.dataset, study.checkpoint
+    generator, buffer = study.generator(), checkpoint["buffer"]["images"]
     train, test = dataset.train.images, dataset.test.images
     count = min(study.sizes["samples"], len(test), len(train), len(buffer))
-    chosen = torch.randperm(len(buffer), generator=generator, device=study.device)[:count]
+    source = torch.Generator().manual_seed(study.args.seed)
     model = study.models["jem"]
     kinds = {
-        "training images": study.shuffled_training_images()[:count].to(study.device),
-        "buffer": buffer[chosen],
+        "buffer": buffer[torch.randperm(len(buffer), generator=source)[:count]].to(study.device),
         "fresh": fresh_chains(checkpoint, model, count, FRESH_STEPS, generator),
     }
-    reference = features_of(network, test[:count])
-    floor = None
-    found: dict[str, Any] = {}
-    for kind, images in kinds.items():
-        features = features_of(network, images)
-        row = compare(network, features, reference, floor, dataset.num_classes)
-        floor = floor or row["frechet_distance"]
-        found[kind] = {**row, **sample_metrics.precision_recall(reference, features)}
+    judged = {}
+    for name, yardstick in study.yardsticks(count).items():
+        training = yardstick.judge_features(yardstick.training)
+        found = {kind: yardstick.judge_images(images) for kind, images in kinds.items()}
+        judged[name] = {
+            "floor": yardstick.floor,
+            "floor_deviation": yardstick.deviation,
+            "feature_dimensions": yardstick.reference.shape[1],
+            "kinds": {"training images": training, **found},
+        }
 
-    few, everything = min(count, 1000), train.to(study.device)
-    judged = {"buffer": kinds["buffer"], "fresh": kinds["fresh"]}
-    judged["test images"] = test[:count].to(study.device)
+    few, everything = min(count, study.sizes["nearest"]), train.to(study.device)
     distances, indices = {}, {}
-    for kind, images in judged.items():
+    for kind, images in {**kinds, "test images": test.to(study.device)}.items():
         far, which = sample_metrics.nearest(images[:few].clamp(-1, 1), everything)
         distances[kind], indices[kind] = torch.tensor(far), torch.tensor(which)
-        found.setdefault(kind, {})["distance_to_nearest_training_image"] = {
-            "median": float(distances[kind].median()),
-            "smallest": float(distances[kind].min()),
-            "images": few,
-        }
-    source = torch.Generator().manual_seed(study.args.seed)
     dozen = torch.randperm(few, generator=source)[:12]
     pairs = torch.cat([kinds["fresh"][dozen].cpu(), train[indices["fresh"][dozen]]])
     plots.save_grid(pairs, study.folder / "nearest.png", columns=12)
     plots.save_distances(distances, study.folder / "nearest-distances.png")
-    for kind in ("fresh", "buffer"):
-        plots.save_grid(kinds[kind][:64], study.folder / f"{kind}.png")
-    width = reference.shape[1]
+    for kind, images in kinds.items():
+        plots.save_grid(images[:64], study.folder / f"{kind}.png")
     return {
         "images": count,
         "fresh_steps": FRESH_STEPS,
-        "feature_dimensions": width,
-        "kinds": found,
+        "judges": judged,
+        "distance_to_nearest_training_image": {
+            kind: {"median": float(far.median()), "smallest": float(far.min()), "images": few}
+            for kind, far in distances.items()
+        },
     }
 
 
 def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     """Return the section of report.md."""
     rows = []
-    for kind, row in found["kinds"].items():
-        cells = [""] * 5
-        if "frechet_distance" in row:
-            distance, ratio = f"{row['frechet_distance']:.2f}", f"{row['ratio_to_floor']:.2f}"
-            both = [f"{row[score]:.3f}" for score in ("precision", "recall")]
-            cells = [distance, ratio, *both, f"{row['entropy']:.4f}"]
-        near = row.get("distance_to_nearest_training_image")
-        last = f"{near['median']:.2f} / {near['smallest']:.2f}" if near else ""
-        rows.append([kind, *cells, last])
-    header = [
-        "",
-        "Fréchet distance",
-        "of the floor",
-        "precision",
-        "recall",
-        "class entropy / ln K",
-        "nearest training image: median / smallest",
-    ]
+    for name, judge in worse_first(found["judges"], lambda judge: judge["kinds"]["fresh"]):
+        for kind, row in judge["kinds"].items():
+            cells = [f"{row['frechet_distance']:.2f}", ratio(row)]
+            cells += [f"{row[score]:.3f}" for score in ("precision", "recall")]
+            rows.append([name, kind, *cells, f"{row['entropy']:.4f}"])
+    header = ["judge", "", "Fréchet distance", "of the floor", "precision", "recall"]
+    floors = "; ".join(
+        f"{name} {judge['floor']:.2f} ± {judge['floor_deviation']:.2f}"
+        for name, judge in found["judges"].items()
+    )
+    near = found["distance_to_nearest_training_image"]
     return "\n\n".join(
         [
             "## Samples",
-            f"Fréchet distance over the {found['feature_dimensions']} features of an independent "
-            f"classifier (not the FID of Inception features), {found['images']} images of each "
-            "kind, to as many test images; the floor is that of training images. Fresh chains "
-            f"start in the restart distribution and take {found['fresh_steps']} steps. Distances "
-            "are L2, pixels on [-1, 1].",
-            table(header, rows),
+            "Fréchet distances over the features of two independent classifiers (not the FID of "
+            f"Inception features), {found['images']} images of each kind to as many test images, "
+            "the worse judge first. The floor is the mean distance of eight draws of as many "
+            f"training images ({floors}); its deviation stands behind each ratio. Fresh chains "
+            f"start in the restart distribution and take {found['fresh_steps']} steps.",
+            table([*header, "class entropy / ln K"], rows),
+            f"L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of "
+            f"{near['fresh']['images']}: "
+            + ", ".join(
+                f"{kind} {d['median']:.2f} / {d['smallest']:.2f}" for kind, d in near.items()
+            )
+            + ".",
             "Fresh chains:\n\n![Fresh chains](fresh.png)",
             "Chains of the replay buffer:\n\n![Chains of the buffer](buffer.png)",
             "A random dozen of fresh chains, and below each its nearest training image:\n\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +18,14 @@ from sgld_nrg.sgld import run_chains
 from sgld_nrg.support import sample_metrics
 from sgld_nrg.support.checkpoints import Checkpoint, langevin_from
 from sgld_nrg.support.data import Dataset
+from sgld_nrg.support.detector import Detector, detector_for
 from sgld_nrg.support.devices import pick_precision
 from sgld_nrg.support.restarts import restart_from_state
 
 PRECISION = "float32"  # of every measurement but the chains, which run as in training
 # Sizes: images of each kind, and the steps, random starts and draws of the attacks.
 FULL: dict[str, Any] = {
-    "ood": 10_000,
+    "ood": 2500,
     "attacked": 1000,
     "attack_steps": 75,
     "random_starts": 1,
@@ -32,20 +35,21 @@ FULL: dict[str, Any] = {
         "colour": {"linf": (8 / 255, 16 / 255, 0.5), "l2": (0.5, 1.0, 10.0)},
     },
     "square_images": 200,
-    "square_queries": 500,
-    "stronger_images": 50,
-    "refined": 50,
+    "square_queries": 400,
+    "stronger_images": 40,
+    "refined": 40,
     "refined_steps": 5,
     "refined_attack_steps": 20,
     "refined_draws": 2,
     "refined_epsilons": 1,  # the first ones
     "samples": 10_000,
     "conditional": 1000,
-    "long_chains": 400,
-    "longest": 10_000,
+    "long_chains": 1000,  # on a GPU as many as samples
+    "longest": 1000,
+    "nearest": 500,
     "chains": 64,
-    "chain_steps": 300,
-    "resamples": 200,
+    "chain_steps": 200,
+    "resamples": 100,
 }
 QUICK: dict[str, Any] = {
     "ood": 1000,
@@ -59,16 +63,17 @@ QUICK: dict[str, Any] = {
     },
     "square_images": 50,
     "square_queries": 50,
-    "stronger_images": 20,
+    "stronger_images": 10,
     "refined": 16,
     "refined_steps": 3,
     "refined_attack_steps": 5,
-    "refined_draws": 2,
+    "refined_draws": 1,
     "refined_epsilons": 1,
     "samples": 1000,
     "conditional": 200,
     "long_chains": 200,
     "longest": 100,
+    "nearest": 100,
     "chains": 32,
     "chain_steps": 60,
     "resamples": 100,
@@ -87,6 +92,7 @@ DRY_RUN: dict[str, Any] = {
     "conditional": 40,
     "long_chains": 20,
     "longest": 10,
+    "nearest": 20,
     "chains": 4,
     "chain_steps": 8,
     "resamples": 40,
@@ -97,8 +103,9 @@ DRY_RUN: dict[str, Any] = {
 class Study:
     """Everything that a section looks at.
 
-    models: {"jem": network, "classifier": network}, the second only if there is one. network: the
-    independent classifier whose features judge samples. ood: what `detection.ood_sets` returned.
+    models: {"classifier": the one it started from, "control": the same network with the same
+    attacks and augmentation and no density, "jem"}, the first two only if there are any. judges:
+    {name: classifier whose features judge samples}. ood: what `detection.ood_sets` returned.
     folder: where figures go.
     """
 
@@ -108,19 +115,72 @@ class Study:
     dataset: Dataset
     checkpoint: Checkpoint
     models: dict[str, nn.Module]
-    network: nn.Module
+    judges: dict[str, Any]
     ood: tuple[dict[str, Tensor], dict[str, str], list[str]]
     folder: Path
+
+    @functools.cached_property
+    def detectors(self) -> dict[str, Detector]:
+        """Each model's detector: the one that its training left, or one fitted alike."""
+        kept = self.checkpoint.get("detector")
+        return {
+            name: Detector.from_state(model, kept)
+            if kept and name == "jem"
+            else detector_for(model, self.dataset)
+            for name, model in self.models.items()
+        }
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Return a generator on the device, seeded by --seed."""
         return torch.Generator(self.device).manual_seed(self.args.seed + offset)
 
-    def shuffled_training_images(self) -> Tensor:
-        """Return the training images in an order that --seed alone decides."""
-        images = self.dataset.train.images
-        source = torch.Generator().manual_seed(self.args.seed)
-        return images[torch.randperm(len(images), generator=source)]
+    def yardsticks(self, count: int) -> dict[str, Yardstick]:
+        """Return each judge's yardstick of the first `count` test images."""
+        test, train = self.dataset.test.images[:count], self.dataset.train.images
+        return {name: Yardstick(judge, test, train) for name, judge in self.judges.items()}
+
+
+class Yardstick:
+    """What a judge measures samples against: reference images, and as many training images.
+
+    judge: a network with `features` and `head`. reference: (N, C, H, W), N >= 2; train: (M, C, H,
+    W), M >= N. floor: the mean Fréchet distance of DRAWS draws of N training images to the
+    reference; deviation: their standard deviation. The draws are the same on every machine.
+    """
+
+    DRAWS = 8
+
+    def __init__(self, judge: Any, reference: Tensor, train: Tensor):
+        self.judge, self.count = judge, len(reference)
+        self.reference = features_of(judge, reference)
+        distances = []
+        for draw in range(self.DRAWS):
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))
+            self.training = features_of(judge, train[order[: self.count]])
+            distances.append(sample_metrics.frechet_distance(self.training, self.reference))
+        self.floor, self.deviation = statistics.mean(distances), statistics.stdev(distances)
+
+    def judge_images(self, images: Tensor) -> dict[str, Any]:
+        """Judge as many images as the reference has; see `judge_features`."""
+        return self.judge_features(features_of(self.judge, images))
+
+    def judge_features(self, features: Tensor) -> dict[str, Any]:
+        """Judge (N, D) features: distance, ratio, precision, recall, and the classes' entropy.
+
+        The ratio's deviation is the floor's, carried over. Raises ValueError for another N than the
+        reference's, since distances of different counts do not compare.
+        """
+        if len(features) != self.count:
+            raise ValueError(f"{len(features)} images cannot be judged against {self.count}")
+        distance = sample_metrics.frechet_distance(features, self.reference)
+        ratio, logits = distance / self.floor, self.judge.head(features)
+        return {
+            "frechet_distance": distance,
+            "ratio_to_floor": ratio,
+            "deviation": ratio * self.deviation / self.floor,
+            **sample_metrics.precision_recall(self.reference, features),
+            **sample_metrics.class_histogram(logits.argmax(1), logits.shape[1]),
+        }
 
 
 def extend(
@@ -173,25 +233,10 @@ def fresh_chains(
     return extend(checkpoint, model, x, steps, generator, callback=callback)
 
 
-def features_of(network: Any, images: Tensor) -> Tensor:
+@torch.no_grad()
+def features_of(judge: Any, images: Tensor) -> Tensor:
     """Return the features (N, D) by which images (N, C, H, W) are judged.
 
     What a chain left outside of [-1, 1] is clamped before it is judged, as a picture file would.
     """
-    return predict(network.features, images.clamp(-1, 1))
-
-
-def compare(
-    network: Any, features: Tensor, reference: Tensor, floor: float | None, num_classes: int
-) -> dict[str, Any]:
-    """Compare the features (N, D) of images with a reference's.
-
-    network: the classifier whose features they are. floor: distance of training images, or None for
-    these to be it. Returns the Fréchet distance, its ratio to the floor, and the class histogram.
-    """
-    distance = sample_metrics.frechet_distance(features, reference)
-    return {
-        "frechet_distance": distance,
-        "ratio_to_floor": distance / (floor or distance),
-        **sample_metrics.class_histogram(network.head(features).argmax(1), num_classes),
-    }
+    return predict(judge.features, images.clamp(-1, 1))

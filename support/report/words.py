@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -20,3 +20,15 @@ def percent(value: float) -> str:
 def interval(pair: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
     """Return an interval in brackets, its ends times `scale`."""
     return f"[{scale * pair[0]:.{digits}f}, {scale * pair[1]:.{digits}f}]"
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """Return a Fréchet ratio with the deviation that its floor gives it."""
+    return f"{row['ratio_to_floor']:.2f} ± {row['deviation']:.2f}"
+
+
+def worse_first(
+    judges: dict[str, dict[str, Any]], row_of: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the judges' items, those that find the larger ratio in row_of(judge) first."""
+    return sorted(judges.items(), key=lambda item: -row_of(item[1])["ratio_to_floor"])
