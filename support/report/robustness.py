@@ -200,13 +200,14 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     parts = [
         "## Adversarial robustness",
         f"Auto-PGD of {sizes['attack_steps']} steps on the cross-entropy, "
-        f"{_starts(sizes['random_starts'])}, then on the logits of the {sizes['targets']} "
-        f"likeliest wrong classes of what stands; {sizes['attacked']} test images at most; ε on "
-        f"pixels in [0, 1]. What is broken at a smaller ε stays so. jem-{steps} is the JEM behind "
-        f"{steps} Langevin steps: there an image counts only if it survives three such attacks, "
-        "whose gradient goes around the steps (a transfer from the JEM), straight through them "
-        f"and through each of them ({sizes['refined_attack_steps']} attack steps, "
-        f"{sizes['refined_draws']} draws of the noise, one target, {sizes['refined']} images).",
+        f"{_counted(sizes['random_starts'], 'random start')}, then on the logits of the likeliest "
+        f"wrong classes of what stands, {_counted(sizes['targets'], 'target')}; "
+        f"{sizes['attacked']} test images at most; ε on pixels in [0, 1]. What is broken at a "
+        f"smaller ε stays so. jem-{steps} is the JEM behind {steps} Langevin steps: there an image "
+        "counts only if it survives three such attacks, whose gradient goes around the steps (a "
+        "transfer from the JEM), straight through them and through each of them "
+        f"({sizes['refined_attack_steps']} attack steps, 1 target, "
+        f"{_counted(sizes['refined_draws'], 'draw')} of the noise, {sizes['refined']} images).",
     ]
     for norm, models in found["curves"].items():
         cells = {name: {row["epsilon"]: row for row in rows} for name, rows in models.items()}
@@ -226,8 +227,8 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _starts(count: int) -> str:
-    return "one random start" if count == 1 else f"{count} random starts"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _behind_the_steps(rows: list[dict[str, Any]], steps: int) -> str:
@@ -255,8 +256,8 @@ def _about_the_attack(check: dict[str, Any]) -> str:
         f"The attack itself, on the JEM: accuracy {largest:.3f} at the largest ε. At ε = "
         f"{check['epsilon']:.3g} Square, {by_square['queries']} queries without a gradient, leaves "
         f"{by_square['square']:.3f} of {by_square['images']} images where the attack leaves "
-        f"{by_square['white_box']:.3f}, and both {by_square['both']:.3f}; one of six times the "
-        f"steps breaks {stronger['broken']} of {stronger['images']} that stand, which lowers the "
-        f"accuracy by {stronger['lowers_by']:.3f}. "
+        f"{by_square['white_box']:.3f}, and both {by_square['both']:.3f}; an attack of six times "
+        f"the steps breaks {stronger['broken']} of {stronger['images']} that stand, which lowers "
+        f"the accuracy by {stronger['lowers_by']:.3f}. "
         f"{'; '.join(faults) or 'So it works'}."
     )
