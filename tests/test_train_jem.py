@@ -39,6 +39,7 @@ def test_chains_are_written_back_to_their_slots_and_no_other_slot_changes():
     assert torch.equal(buffer.images[slots], before[slots] + 1)
     assert torch.equal(buffer.images[untouched], before[untouched])
     assert (buffer.ages[slots] == 7).all() and (buffer.ages[untouched] == 0).all()
+    assert buffer.ages.dtype == buffer.labels.dtype == torch.int64
 
 
 def test_what_is_drawn_is_a_copy():

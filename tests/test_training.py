@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from itertools import islice
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_the_minutes_of_a_run_count_from_the_scripts_start_and_go_on_when_it_is_
     budget.minutes_before = 3
     assert budget.minutes() == pytest.approx(4.5, abs=0.1)
     assert budget.progress(7) == pytest.approx(0.45, abs=0.01)
+
+
+def test_a_row_has_the_iterations_a_second_that_the_loop_makes(tmp_path, digits):
+    job = training(digits, tmp_path, "--epochs", "1")
+    job.open()
+    began = time.perf_counter()
+    for _ in islice(job.batches(), 5):
+        time.sleep(0.01)
+        job.backward(job.model.head.bias.sum())
+        job.update({})
+    rate = job.write_row()["iterations_per_second"]
+    assert 5 / (time.perf_counter() - began) < rate < 1 / 0.01
 
 
 def test_averaged_weights_follow_the_closed_form(tmp_path, digits):
