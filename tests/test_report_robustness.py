@@ -135,6 +135,13 @@ def test_an_attack_that_leaves_what_a_stronger_one_breaks_is_told():
     assert "**the numbers above are too high by more than two points**" in words
 
 
+def test_one_image_that_a_stronger_attack_breaks_is_too_few_to_tell():
+    margins = [3.0] * 35 + [0.5] + [3.0] * 4  # beyond those that Square attacks
+    check, words = checked(Line(), margins, torch.arange(40) >= 25)
+    assert check["stronger"]["broken"] == 1 and check["stronger"]["lowers_by"] > 0.02
+    assert "**" not in words
+
+
 def test_an_attack_that_never_reaches_zero_is_told():
     check, _ = checked(Line(), [3.0] * 30)
     assert "**" not in robustness._about_the_attack(check | {"accuracy_at_largest": 0.049})

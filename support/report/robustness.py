@@ -245,7 +245,9 @@ def _about_the_attack(check: dict[str, Any]) -> str:
         check[name] for name in ("square", "stronger", "accuracy_at_largest")
     )
     masked = by_square["square"] < by_square["white_box"]
-    lowers_by = max(stronger["lowers_by"], by_square["white_box"] - by_square["both"])
+    # one image of a few dozen tells nothing
+    by_stronger = stronger["lowers_by"] if stronger["broken"] > 1 else 0.0
+    lowers_by = max(by_stronger, by_square["white_box"] - by_square["both"])
     verdicts = {
         "**the attack does not work: do not trust the numbers above**": largest >= 0.05,
         "**an attack without gradients does better: they are masked**": masked,
