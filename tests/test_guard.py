@@ -233,9 +233,17 @@ def test_a_resumed_run_goes_back_to_the_states_of_the_stopped_one(tmp_path, caps
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         sabotage(patch, lambda *_: signal.raise_signal(signal.SIGTERM), at=44)
         run("train_jem", *flags, "--out-dir", stopped)
+    remembered, seen, judge = load_checkpoint(stopped / "jem.pt", "jem")["guard"], [], Guard.judge
+
+    def watched(guard, *row):
+        seen.append(guard.state_dict())
+        return judge(guard, *row)
+
     with pytest.MonkeyPatch.context() as patch:
         sabotage(patch, nan_weights)
+        patch.setattr(Guard, "judge", watched)
         run("train_jem", "--resume", "--out-dir", stopped)
+    assert seen[0] == remembered != vars(Guard())
     went_back = re.findall(r"back to iteration (\d+)", capsys.readouterr().err)
     assert len(went_back) == 2 and went_back[0] == went_back[1] and int(went_back[0]) > 0
     one, other = (load_checkpoint(folder / "jem.pt", "jem") for folder in (whole, stopped))
