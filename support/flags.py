@@ -411,6 +411,11 @@ MEASUREMENT: Group = (
             "Langevin steps after which the long chains end; without it 1000, with --quick 100",
             metavar="STEPS",
         ),
+        flag(
+            "--chains",
+            positive_int,
+            "chains that run long; without it 1000, on a GPU 10000, with --quick 200, on a GPU 1000",
+        ),
         JUDGES,
         flag("--quick", bool, "smaller samples and fewer attacks: an answer within a minute"),
     ),

@@ -44,7 +44,7 @@ FULL: dict[str, Any] = {
     "refined_epsilons": 1,  # the first ones
     "samples": 10_000,
     "conditional": 1000,
-    "long_chains": 1000,  # on a GPU as many as samples
+    "long_chains": 1000,  # on a GPU as many as samples, unless --chains says
     "longest": 1000,
     "nearest": 500,
     "chains": 64,
@@ -200,7 +200,7 @@ def extend(
         langevin_from(checkpoint),
         labels=labels,
         module=model,
-        chunk_size=500,
+        chunk_size=2500 if generator.device.type == "cuda" else 500,
         generator=generator,
         callback=callback,
     )
