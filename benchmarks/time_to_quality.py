@@ -6,7 +6,8 @@ trains each --variant (a name and flags of train_jem.py; without any the preset 
 --seed, measures its checkpoint of every --save-minutes after the training, off its clock, on the
 validation split, and writes quality.json, quality.md and quality.png: accuracy, calibration,
 samples, OOD, attacks. With --test the end of each run is measured on the test set instead; that is
-for reports, not for choosing.
+for reports, not for choosing, and results/looks.csv counts it. Judges, floors and attacks are those
+of evaluate.py.
 """
 
 from __future__ import annotations
@@ -31,33 +32,34 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from sgld_nrg.evaluate import feature_network
 from sgld_nrg.models import load_model, marginal_energy, predict
-from sgld_nrg.support import flags, metrics, plots, sample_metrics
+from sgld_nrg.support import flags, looks, metrics, plots
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.data import Dataset, load
+from sgld_nrg.support.detector import Detector
 from sgld_nrg.support.devices import pick_device
 from sgld_nrg.support.errors import UserError, exits_cleanly
+from sgld_nrg.support.judges import JUDGES, judges
 from sgld_nrg.support.ood import load_ood
 from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.parser import HERE, Parser, flag, positive, positive_int, seed
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.robustness import attack
-from sgld_nrg.support.report.study import compare, features_of, fresh_chains
+from sgld_nrg.support.report.study import FULL as REPORT
+from sgld_nrg.support.report.study import Yardstick, extend, fresh_chains
 
-# Sizes of a measurement: chains of each kind, steps of the long ones, and the attacks.
-POINT = {"buffer": 2000, "fresh": 500, "long": 0, "longest": 0}
-POINT |= {"attacked": 200, "attack_steps": 10, "random_starts": 1}
-QUICK = {"buffer": 5000, "fresh": 5000, "long": 400, "longest": 1000}
-QUICK |= {"attacked": 300, "attack_steps": 20, "random_starts": 1}
-FULL = {"buffer": 10_000, "fresh": 10_000, "long": 500, "longest": 1000}
-FULL |= {"attacked": 1000, "attack_steps": 40, "random_starts": 2}
-OOD = {"val": ("rotated", "inverted"), "test": ("kmnist", "rotated", "inverted")}
-ATTACKS = {"linf": 0.1, "l2": 1.5}  # radius, pixels on [0, 1]
-FIGURE = ("accuracy", "ece", "buffer", "fresh", "ood rotated", "linf 0.1")
+# Sizes of a measurement: chains of each kind, steps after which the long ones end (0: no such),
+# attacked images, and steps of the attack.
+POINT = {"samples": 500, "longest": 0, "attacked": 200, "attack_steps": 10}
+QUICK = {"samples": 1000, "longest": 500, "attacked": 300, "attack_steps": 20}
+FULL = {"samples": 5000, "longest": 1000, "attacked": 1000, "attack_steps": 75}
+ATTACK = {name: REPORT[name] for name in ("random_starts", "targets")}
+OOD = {name: name for name in ("rotated", "inverted")}
+SCORES = ("deviation", "precision", "recall", "entropy")  # of chains, besides the Fréchet ratio
+CHOSEN_BY = JUDGES[0]
+FIGURE = ("accuracy", "ece", f"buffer {CHOSEN_BY}", f"fresh {CHOSEN_BY}", "ood rotated", "linf")
 FLAGS = (
     flags.DATA_DIR,
     flags.DATASET._replace(default="mnist"),
@@ -72,6 +74,7 @@ FLAGS = (
     ),
     flag("--jobs", positive_int, "trainings, then measurements, at once, sharing the cores", 1),
     flag("--save-minutes", positive, "minutes between two points of the curve", 0.5),
+    flags.JUDGES,
     flags.DEVICE,
     flag("--quick", bool, "fewer chains and weaker attacks at the end of each run"),
     flag("--kmnist", str, ".npz of KMNIST test images, for --test", metavar="FILE"),
@@ -149,12 +152,17 @@ def judge(
     path: Path,
     dataset: Dataset,
     part: str,
-    network: nn.Module,
+    networks: dict[str, Any],
     sizes: dict[str, int],
     sets: dict[str, str],
 ) -> dict[str, Any]:
-    """Measure a checkpoint on a split ("val" or "test"): shares in 0..1, Fréchet ratios."""
-    device = next(network.parameters()).device
+    """Measure a checkpoint on a split ("val" or "test").
+
+    networks: the judges. sets: {label: OOD set}. Returns, besides shares and AUROCs in 0..1, the
+    Fréchet ratio of each kind of chains by each judge, as "fresh vgg", and its SCORES, as
+    "fresh vgg recall". Every kind has as many chains, the long ones being the fresh ones run on.
+    """
+    device = next(networks[CHOSEN_BY].parameters()).device
     checkpoint = load_checkpoint(path, "jem", device)
     model, split = load_model(checkpoint, device).eval(), getattr(dataset, part).to(device)
     logits, training = predict(model, split.images), checkpoint["training"]
@@ -162,37 +170,40 @@ def judge(
     row["accuracy"] = float((logits.argmax(1) == split.labels).double().mean())
     row["ece"] = metrics.calibration(logits, split.labels)["ece"]
 
-    generator, buffer = torch.Generator(device).manual_seed(0), checkpoint["buffer"]["images"]
-    order = torch.randperm(len(dataset.train.labels), device=device, generator=generator)
-    train_images = dataset.train.images[order.cpu()]
-    reference = features_of(network, split.images)
-    chosen = torch.randperm(len(buffer), device=device, generator=generator)
-    for kind, steps in (("buffer", 0), ("fresh", FRESH_STEPS), ("long", sizes["longest"])):
-        count = min(sizes[kind], len(split.labels), len(train_images))
-        if not count:
-            continue
-        if kind == "buffer":
-            images = buffer[chosen[:count]]  # all of a smaller buffer
-        else:
-            images = fresh_chains(checkpoint, model, count, steps, generator)
-        as_many = features_of(network, train_images[: len(images)])
-        floor = sample_metrics.frechet_distance(as_many, reference)
-        features = features_of(network, images)
-        found = compare(network, features, reference, floor, dataset.num_classes)
-        row[kind], row[f"{kind} class entropy"] = found["ratio_to_floor"], found["entropy"]
+    buffer, train_images = checkpoint["buffer"]["images"], dataset.train.images
+    count = min(sizes["samples"], len(split.labels), len(train_images), len(buffer))
+    chosen = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(0))[:count]
+    generator = torch.Generator(device).manual_seed(0)
+    fresh = fresh_chains(checkpoint, model, count, FRESH_STEPS, generator)
+    kinds = {"buffer": buffer[chosen], "fresh": fresh}
+    if sizes["longest"]:
+        more = sizes["longest"] - FRESH_STEPS
+        kinds["long"] = extend(checkpoint, model, fresh, more, generator)
+    for name, network in networks.items():
+        yardstick = Yardstick(network, split.images[:count], train_images)
+        for kind, images in kinds.items():
+            found = yardstick.judge_images(images)
+            row[f"{kind} {name}"] = found["ratio_to_floor"]
+            row |= {f"{kind} {name} {score}": found[score] for score in SCORES}
 
-    inside, chains = marginal_energy(logits), buffer[: POINT["buffer"]]
-    row["energy gap"] = float(marginal_energy(predict(model, chains)).mean() - inside.mean())
+    inside = marginal_energy(logits)
+    chains = marginal_energy(predict(model, kinds["buffer"]))
+    row["energy gap"] = float(chains.mean() - inside.mean())
+    kept = checkpoint.get("detector")  # of a training that has ended
+    detector = Detector.from_state(model, kept) if kept else None
     for label, name in sets.items():
         source = torch.Generator().manual_seed(0)
         images, _ = load_ood(name, split.images.cpu(), "", 10_000, source)
         outside = marginal_energy(predict(model, images))
         row[f"ood {label}"] = metrics.detection(inside, outside, label)["auroc"]
-    images, labels = (part[: sizes["attacked"]] for part in split)
-    settings = {name: sizes[name] for name in ("attack_steps", "random_starts")}
-    for norm, radius in ATTACKS.items():
-        found = attack(model, model, images, labels, norm, radius, seed=0, **settings)
-        row[f"{norm} {radius:g}"] = found["accuracy"]
+        if detector:
+            scores = (detector.scores(x) for x in (split.images, images))
+            row[f"ood {label}, detector"] = metrics.detection(*scores, label)["auroc"]
+    images, labels = (values[: sizes["attacked"]] for values in split)
+    settings = {"seed": 0, "attack_steps": sizes["attack_steps"], **ATTACK}
+    for norm, radii in REPORT["epsilons"]["colour" if images.shape[1] == 3 else "grey"].items():
+        found = attack(model, model, images, labels, norm, radii[0], **settings)
+        row[norm] = found["accuracy"]
     return row
 
 
@@ -209,15 +220,12 @@ def measure(
     """
     torch.set_num_threads(max(threads, 1))
     run, points = trained
-    dataset, device = load(args.dataset, args.data_dir), pick_device(args.device)
-    network = feature_network(dataset, Path(args.out_dir), device, Alone())
+    dataset = load(args.dataset, args.data_dir)
+    networks = judges(dataset, Path(args.judges), pick_device(args.device), Alone())
     part = "test" if args.test else "val"
-    kmnist = {"kmnist": args.kmnist} if args.kmnist else {}
-    known = {name: name for name in OOD[part] if name != "kmnist"}
-    of_val = {name: name for name in OOD["val"]}
-    rows = [judge(point, dataset, "val", network, sizes[0], of_val) for point in points]
-    sets = {**(kmnist if part == "test" else {}), **known}
-    end = judge(points[-1], dataset, part, network, sizes[1], sets) if points else None
+    sets = {"kmnist": args.kmnist, **OOD} if args.test and args.kmnist else OOD
+    rows = [judge(point, dataset, "val", networks, sizes[0], OOD) for point in points]
+    end = judge(points[-1], dataset, part, networks, sizes[1], sets) if points else None
     return {**run, "points": rows, part: end}
 
 
@@ -232,7 +240,7 @@ def markdown(args: Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         f"Made by `python benchmarks/time_to_quality.py {shlex.join(args.words)}`.",
         "",
-        f"At the end, {where}, {args.minutes:g} minutes:",
+        f"At the end, {where}, {args.minutes:g} minutes; recipes are chosen by {CHOSEN_BY}:",
         "",
         "| | " + " | ".join(found) + " |",
         "| --- " * (len(found) + 1) + "|",
@@ -240,7 +248,7 @@ def markdown(args: Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
     for score in next((rows[0] for rows in ends.values() if rows), {}):
         cells = []
         for rows in ends.values():
-            values = [row[score] for row in rows]
+            values = [row[score] for row in rows if score in row]
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "–")
         lines.append(f"| {score} | " + " | ".join(cells) + " |")
@@ -266,7 +274,7 @@ def save_figure(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> No
                     label = variant if number == 0 else None
                     style = {"color": colour, "marker": ".", "linewidth": 1.2}
                     axis.plot(*zip(*points, strict=True), label=label, **style)
-        ratio = name in ("buffer", "fresh")
+        ratio = name.endswith(CHOSEN_BY)
         axis.set(title=f"{name}: Fréchet / floor" if ratio else name, xlabel="minutes")
         axis.set(yscale="log" if ratio else "linear")
         axis.grid(alpha=0.3)
@@ -297,7 +305,11 @@ def main(args: Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         trained = sorted(itertools.chain.from_iterable(pool.map(work, range(args.jobs))))
     dataset, device = load(args.dataset, args.data_dir), pick_device(args.device)
-    feature_network(dataset, folder, device, Alone())  # trained once, before the measurements
+    judges(dataset, Path(args.judges), device, Alone())  # trained once, before the measurements
+    if args.test:
+        given = {**vars(args), "variant": [":".join(pair) for pair in args.variant]}
+        script = "python benchmarks/time_to_quality.py"
+        looks.record(script, Namespace(**given), args.dataset, "time to quality")
     tasks = [
         ({"flags": more, "seed": seed, "exit_code": code}, points)
         for (_, more, seed), (_, code, points) in zip(wanted, trained, strict=True)

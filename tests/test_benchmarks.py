@@ -1,20 +1,29 @@
 """The benchmarks and examples go through and write what they promise."""
 
+import csv
 import importlib
 import json
 import re
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, generator
 
 from sgld_nrg import train_classifier
-from sgld_nrg.models import build_model, energy_of, load_model
+from sgld_nrg.models import build_model, energy_of, load_model, marginal_energy, predict
 from sgld_nrg.sgld import Langevin, run_chains
+from sgld_nrg.support import metrics
+from sgld_nrg.support.detector import Detector
+from sgld_nrg.support.judges import judges
+from sgld_nrg.support.parallel import Alone
+from sgld_nrg.support.presets import FRESH_STEPS
+from sgld_nrg.support.report.robustness import attack
+from sgld_nrg.support.report.study import Yardstick, extend, fresh_chains
 
-SIZES = {"buffer": 100, "fresh": 50, "long": 50, "longest": 5}
-SIZES |= {"attacked": 8, "attack_steps": 2, "random_starts": 1}
+SIZES = {"samples": 60, "longest": FRESH_STEPS + 5, "attacked": 30, "attack_steps": 2}
+SHORT = {**SIZES, "longest": 0}  # no long chains
 SCRIPTS = [
     *(
         "benchmarks/time_to_quality.py",
@@ -56,8 +65,9 @@ def two_moons():
 def test_quality_against_minutes_is_measured_for_every_variant_and_seed(
     tmp_path, time_to_quality, monkeypatch
 ):
-    monkeypatch.setattr(time_to_quality, "POINT", {**SIZES, "long": 0})
+    monkeypatch.setattr(time_to_quality, "POINT", SHORT)
     monkeypatch.setattr(time_to_quality, "QUICK", SIZES)
+    monkeypatch.setenv("SGLD_NRG_LOOKS", str(tmp_path / "looks.csv"))
     tiny = " ".join([*TINY, "--from-scratch"])  # its epochs end it long before the minutes do
     diverging = f"diverging:{tiny} --lr 1e30 --warmup-iterations 0 --max-rollbacks 0"
     flags = ["--variant", f"scratch:{tiny}", "--variant", diverging, "--out-dir", str(tmp_path)]
@@ -70,43 +80,92 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(
         assert run["exit_code"] == 0 and run["points"]
         assert run["points"][-1]["iteration"] == run["test"]["iteration"]
         assert 0 < run["test"]["accuracy"] < 1
-        assert {"buffer", "fresh", "long", "ood inverted", "linf 0.1"} <= set(run["test"])
+        assert {"buffer vgg", "long convmixer", "ood inverted", "linf"} <= set(run["test"])
     assert all(run["exit_code"] == 1 and run["test"] is None for run in found["diverging"])
     table = (tmp_path / "quality.md").read_text()
     assert "| | scratch | diverging |" in table and "±" in table
     assert "| runs that diverged | 0 of 2 | 2 of 2 |" in table
     assert (tmp_path / "quality.png").stat().st_size > 1000
+    *_, look = csv.DictReader((tmp_path / "looks.csv").open())  # after those of the trainings
+    assert look["data_set"] == "digits" and look["what_for"] == "time to quality"
+    assert look["command"].startswith("python benchmarks/time_to_quality.py --dataset digits")
 
     monkeypatch.setattr(time_to_quality.subprocess, "Popen", None)  # nothing is trained again
     time_to_quality.main(time_to_quality.parse([*flags, "--resume"]))
     assert json.loads((tmp_path / "quality.json").read_text()) == found
 
 
+@pytest.fixture(scope="module")
+def networks(digits):
+    """The judges of the digits, which come with the project."""
+    return judges(digits, Path("nowhere"), torch.device("cpu"), Alone())
+
+
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_a_checkpoint_is_judged_on_the_split_that_is_named(
-    part, tiny_run, checkpoint, digits, time_to_quality
+    part, tiny_run, checkpoint, digits, networks, time_to_quality
 ):
-    torch.manual_seed(0)
-    network = build_model("small-cnn", 10, 1, 8, width=4, depth=3).eval()
-    judged = [
-        time_to_quality.judge(
-            tiny_run / "jem.pt", digits, part, network, sizes, {"negative": "inverted"}
-        )
-        for sizes in (SIZES, {**SIZES, "long": 0})
-    ]
-    row, without_long_chains = judged
-    split = getattr(digits, part)
-    _, accuracy = train_classifier.evaluate(load_model(checkpoint, "cpu"), split)
+    path, split = tiny_run / "jem.pt", getattr(digits, part)
+    row = time_to_quality.judge(path, digits, part, networks, SIZES, {"negative": "inverted"})
+    model = load_model(checkpoint).eval()
+    _, accuracy = train_classifier.evaluate(model, split)
     assert row["accuracy"] == pytest.approx(accuracy) and 0.8 < accuracy < 1
+    assert row["ece"] == metrics.calibration(predict(model, split.images), split.labels)["ece"]
     assert row["iteration"] == checkpoint["training"]["iteration"] == 4 * 19
     assert 0 < row["minutes"] < 5 and row["rollbacks"] == 0
-    assert 0 < row["ece"] < 1 and 0 <= row["ood negative"] <= 1
-    for kind in ("buffer", "fresh", "long"):
-        assert row[kind] > 0 and 0 <= row[f"{kind} class entropy"] <= 1
-    attacked = [row["linf 0.1"], row["l2 1.5"]]
-    assert all(share in [hit / 8 for hit in range(9)] for share in attacked)
-    gone = {"long", "long class entropy"}
-    assert without_long_chains == {name: row[name] for name in row if name not in gone}
+
+    source = generator()
+    fresh = fresh_chains(checkpoint, model, 60, FRESH_STEPS, source)
+    buffer = checkpoint["buffer"]["images"]
+    buffer = buffer[torch.randperm(len(buffer), generator=generator())[:60]]
+    kinds = {"buffer": buffer, "fresh": fresh, "long": extend(checkpoint, model, fresh, 5, source)}
+    for name, network in networks.items():
+        yardstick = Yardstick(network, split.images[:60], digits.train.images)
+        for kind, images in kinds.items():
+            found = yardstick.judge_images(images)
+            assert row[f"{kind} {name}"] == pytest.approx(found["ratio_to_floor"], rel=1e-3)
+            for score in ("deviation", "precision", "recall", "entropy"):
+                assert row[f"{kind} {name} {score}"] == pytest.approx(found[score], rel=1e-3)
+
+    inside, outside, chains = (
+        marginal_energy(predict(model, x)) for x in (split.images, -split.images, buffer)
+    )
+    assert row["energy gap"] == pytest.approx(float(chains.mean() - inside.mean()), rel=1e-4)
+    above = (outside[:, None] > inside).double().mean().item()
+    assert row["ood negative"] == pytest.approx(above, abs=1e-3) and abs(above - 0.5) > 0.05
+    detector = Detector.from_state(model, checkpoint["detector"])
+    inside, outside = (detector.scores(x) for x in (split.images, -split.images))
+    above = (outside[:, None] > inside).double().mean().item()
+    assert row["ood negative, detector"] == pytest.approx(above, abs=1e-3) and above > 0.8
+
+    x, labels = (values[:30] for values in split)
+    settings = {"seed": 0, "attack_steps": 2, "random_starts": 1, "targets": 2}
+    for norm, radius in {"linf": 0.1, "l2": 1.5}.items():
+        whole, half = (
+            attack(model, model, x, labels, norm, epsilon, **settings)["accuracy"]
+            for epsilon in (radius, radius / 2)
+        )
+        assert row[norm] == whole < half
+
+
+def test_without_long_chains_or_a_detector_their_numbers_alone_are_missing(
+    tmp_path, tiny_run, digits, networks, time_to_quality
+):
+    state = torch.load(tiny_run / "jem.pt", weights_only=True)
+    del state["detector"]  # as before the end of a training
+    torch.save(state, tmp_path / "jem.pt")
+    paths, sets = (tiny_run / "jem.pt", tmp_path / "jem.pt"), {"negative": "inverted"}
+    rows = [
+        time_to_quality.judge(path, digits, "val", networks, sizes, sets)
+        for path, sizes in zip(paths, (SIZES, SHORT), strict=True)
+    ]
+    whole, less = rows
+    assert less == {
+        name: whole[name]
+        for name in whole
+        if not name.startswith("long ") and not name.endswith(", detector")
+    }
+    assert len(whole) == len(less) + 2 * 5 + 1
 
 
 def test_the_ends_of_runs_are_a_table_of_means_and_their_points_a_figure(tmp_path, time_to_quality):
@@ -114,16 +173,16 @@ def test_the_ends_of_runs_are_a_table_of_means_and_their_points_a_figure(tmp_pat
     args = time_to_quality.parse(flags)
 
     def ran(accuracy, code=0):
-        points = [{"minutes": minute, "accuracy": accuracy, "fresh": 2.0} for minute in (1, 2)]
-        end = {"accuracy": accuracy, "fresh": 2.0}
+        end = {"accuracy": accuracy, "fresh vgg": 2.0}
+        points = [{"minutes": minute, **end} for minute in (1, 2)]
         return {"exit_code": code, "points": points, "test": end if accuracy else None}
 
     found = {"one": [ran(0.75), ran(0.85)], "lost": [ran(0, 1), ran(0.5, 1)]}
     lines = time_to_quality.markdown(args, found).splitlines()
     assert lines[0].endswith("--minutes 2 --test --variant one: --variant 'lost:--lr 9'`.")
-    assert lines[2] == "At the end, test set, 2 minutes:"
+    assert lines[2] == "At the end, test set, 2 minutes; recipes are chosen by vgg:"
     assert lines[4] == "| | one | lost |" and lines[6] == "| accuracy | 0.8 ± 0.071 | – |"
-    assert lines[7:] == ["| fresh | 2 ± 0 | – |", "| runs that diverged | 0 of 2 | 2 of 2 |"]
+    assert lines[7:] == ["| fresh vgg | 2 ± 0 | – |", "| runs that diverged | 0 of 2 | 2 of 2 |"]
     curves = {name: [run["points"] for run in runs] for name, runs in found.items()}
     time_to_quality.save_figure(curves, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 1000
