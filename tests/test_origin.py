@@ -11,7 +11,6 @@ import torch
 from conftest import run, write_folder
 from PIL import Image
 
-from sgld_nrg import evaluate, train_classifier
 from sgld_nrg.support import data, plots
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.commands import SHIPPED, parse
@@ -19,7 +18,6 @@ from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.flags import DATA_DIR
 from sgld_nrg.support.images import Reading
 from sgld_nrg.support.origin import check_same_data, class_names, data_dir_of, dataset_of
-from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.report import study
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -97,19 +95,13 @@ def test_the_report_holds_the_names_and_tells_sets_of_one_file_name_apart(
     for name in dir(plots):
         if name.startswith("save_") and name != "save_grid":
             monkeypatch.setattr(plots, name, lambda *_: None)
-    train = train_classifier.train
-
-    def for_one_epoch(args, *rest, **more):
-        args.epochs = 1
-        return train(args, *rest, **more)
-
-    monkeypatch.setattr(train_classifier, "train", for_one_epoch)
     monkeypatch.setattr(study, "QUICK", study.DRY_RUN)
     sets = [tmp_path / name / "set.npy" for name in "ab"]
     for path in sets:
         path.parent.mkdir()
         np.save(path, np.full((5, 8, 8), 200, np.uint8))
-    flags = ("--quick", "--attacks", "none", "--ood", *sets, "--out-dir", tmp_path / "report")
+    flags = ["--quick", "--attacks", "none", "--ood", *sets, "--judges", tmp_path / "judges"]
+    flags += ["--out-dir", tmp_path / "report"]
     run("evaluate", "--checkpoint", place / "run" / "jem.pt", *flags)
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert found["protocol"]["classes"] == ["10", "ant", "golden bee"]
@@ -414,26 +406,6 @@ def test_a_pretraining_with_other_background_is_not_taken_for_the_run_s_own(plac
     flags = ("--dataset", "folder", "--data-dir", place / "mine", "--out-dir", place / "run")
     message = refused(capsys, "train_jem", *PRETRAINED, *flags, "--background", "black")
     assert "--background white" in message
-
-
-def test_the_network_that_judges_samples_is_trained_anew_for_other_data(
-    trained, tmp_path, monkeypatch
-):
-    mine = data.load("folder", trained / "mine")
-    write_folder(tmp_path / "other", dict.fromkeys("abcd", 30))
-    other = data.load("folder", tmp_path / "other")
-    train, trainings = train_classifier.train, []
-
-    def counted(args, setup, *rest, **more):
-        args.epochs = 1
-        trainings.append(setup.dataset.num_classes)
-        return train(args, setup, *rest, **more)
-
-    monkeypatch.setattr(train_classifier, "train", counted)
-    for dataset in (mine, mine, other, other, mine):
-        network = evaluate.feature_network(dataset, tmp_path, torch.device("cpu"), Alone())
-        assert network(dataset.test.images).shape[1] == dataset.num_classes
-    assert trainings == [3, 4, 3]
 
 
 def test_the_digits_lie_nowhere_so_that_other_sets_are_looked_for_where_they_are(digits):
