@@ -1,4 +1,4 @@
-"""Every command of the documents parses, the quick ones run, and the README's Python runs."""
+"""Every command of the documents parses, quick ones run; the README's Python runs; pictures."""
 
 import importlib
 import re
@@ -20,11 +20,9 @@ NEUTRAL |= {"--epochs", "--noise-std", "--p-x-weight", "--step-size", "--width"}
 
 
 def commands_of(blocks):
-    """Return the commands of blocks of shell, without torchrun and with P and Q put in."""
+    """Return the commands of blocks of shell, without torchrun."""
     found = set()
     for block in blocks:
-        for name, value in re.findall(r'^([PQ])="(.*)"\n', block, re.MULTILINE):
-            block = block.replace(f'{name}="{value}"\n', "").replace(f"${name}", value)
         for part in re.split(r"\n|&&", block.strip()):
             found.add(re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", part.strip()))
     return sorted(found)
@@ -61,7 +59,7 @@ def one_of_each_kind(found):
     return list(kinds.values())
 
 
-ELSEWHERE = re.compile("mnist|my-images|cifar10|ten-minutes|hour|/.*py")  # not on the digits
+ELSEWHERE = re.compile("mnist|my-images|/.*py")  # not on the digits
 ON_DIGITS = one_of_each_kind([command for command in SCRIPTS if not ELSEWHERE.search(command)])
 
 
@@ -80,8 +78,6 @@ def test_a_command_of_the_readme_parses(command):
     parse, _, flags = runner(command)
     args = parse(flags)
     assert vars(args)
-    for _, more in getattr(args, "variant", ()):  # time_to_quality.py gives these to train_jem.py
-        assert vars(commands.parse("train_jem", ["--dataset", args.dataset, *shlex.split(more)]))
 
 
 @pytest.mark.parametrize(
@@ -109,3 +105,26 @@ def test_the_python_of_the_readme_samples_both_wells(capsys):
     assert capsys.readouterr().out.startswith("tensor(")
     assert 0.4 < (end[:, 0] > 0).float().mean() < 0.6
     assert abs(end[:, 1].var() - 1) < 5 * (2 / len(end)) ** 0.5 + 0.05
+
+
+def test_every_picture_that_is_shown_exists_and_every_picture_is_shown():
+    shown = set()
+    for path in (ROOT / "README.md", *(ROOT / "results").glob("*.md")):
+        names = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", path.read_text())
+        shown |= {(path.parent / name).resolve() for name in names}
+    kept = {path for kind in ("png", "gif") for path in (ROOT / "results").glob(f"*.{kind}")}
+    assert shown == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("README.md", 1300), ("results/README.md", 2500), ("results/trials.md", 500)]
+)
+def test_a_document_is_short(name, most):
+    assert len(re.sub("<!--.*?-->", "", (ROOT / name).read_text()).split()) <= most
+
+
+def test_a_link_to_a_heading_leads_to_one():
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "results/README.md").read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+    linked = re.findall(r"\(results/README\.md#([^)]*)\)", (ROOT / "README.md").read_text())
+    assert linked and set(linked) <= anchors
