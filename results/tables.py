@@ -16,7 +16,6 @@ import statistics
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,8 @@ def summary(reports: list[Report], sets: dict[str, str]) -> str:
         cells = [spread(reports, attacked(model, norm, 1)) for model in MODELS]
         rows.append([f"accuracy under APGD, {name}", *cells])
     for data, name in sets.items():
-        rows.append(by_score(f"AUROC, {name}", partial(_auroc_of, data)))
-    rows.append(by_score("lowest AUROC of six sets not in training", lowest))
+        rows.append(by_score(f"AUROC, {name}", lambda model, score, d=data: auroc(model, d, score)))
+    rows.append(by_score("lowest AUROC of the sets not in training", lowest))
     for judge, name in JUDGES.items():
         values = (sampled(judge, "buffer"), sampled(judge, "fresh"), aged(judge, "1000"))
         label = f"Fréchet ratio, {name}: buffer / fresh / 1,000 steps"
@@ -150,10 +149,6 @@ def summary(reports: list[Report], sets: dict[str, str]) -> str:
         label = f"read as the class asked, started in {name}: {' / '.join(JUDGES.values())}"
         rows.append(of_jem(label, (percent(read_as(judge, kind), 1) for judge in JUDGES)))
     return table(["", *MODELS.values()], rows)
-
-
-def _auroc_of(data: str, model: str, score: str) -> Value:
-    return auroc(model, data, score)
 
 
 def density(reports: list[Report]) -> str:
@@ -281,8 +276,8 @@ def classes(reports: list[Report]) -> str:
 
 def between(values: Iterable[float]) -> str:
     """Return the range of some numbers, rounded, in words."""
-    ordered = sorted(values)
-    return f"{ordered[0]:.0f} to {ordered[-1]:.0f}"
+    low, *_, high = sorted(values)
+    return f"{low:.0f} to {high:.0f}"
 
 
 def in_sentences(mnist: list[Report], fashion: list[Report]) -> dict[str, str]:
@@ -291,13 +286,14 @@ def in_sentences(mnist: list[Report], fashion: list[Report]) -> dict[str, str]:
     fresh = [statistics.mean(map(sampled(judge, "fresh"), mnist)) for judge in JUDGES]
     changed = [read_as(judge, "changed") for judge in JUDGES]
     checks = [check for report in mnist for check in report["robustness"]["checks"].values()]
-    square = [check["square"] for check in checks]
+    square, stronger = ([check[name] for check in checks] for name in ("square", "stronger"))
+    attacked_by_square, still_standing = (
+        sum(row["images"] for row in rows) for rows in (square, stronger)
+    )
     more = sum((row["white_box"] - row["both"]) * row["images"] for row in square)
-    stronger = [check["stronger"] for check in checks]
     return {
-        "square": f"{more:.0f} of {sum(row['images'] for row in square):,}",
-        "stronger": f"{sum(row['broken'] for row in stronger)} of "
-        f"{sum(row['images'] for row in stronger)}",
+        "square": f"{more:.0f} of {attacked_by_square:,}",
+        "stronger": f"{sum(row['broken'] for row in stronger)} of {still_standing:,}",
         "largest": f"{max(check['accuracy_at_largest'] for check in checks):.3f}",
         "judges": f"{max(fresh) / min(fresh):.0f}",
         "changed": between(100 * value(report) for value in changed for report in mnist),
