@@ -27,21 +27,28 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {  # file: the test files that answer for it, the quickest first
+TESTS = {  # file: the test files that answer for it, the quickest first; of two patterns the last
     "sgld.py": "sgld",
     "models.py": "models",
     "train_jem.py": "train_jem outliers guard",
-    "train_classifier.py": "train_classifier train_jem origin",
+    "train_classifier.py": "train_classifier origin train_jem",
+    "predict.py": "predict",
+    "evaluate.py": "evaluate",
     "support/attacks.py": "single_step attacks",
     "support/metrics.py": "metrics",
-    "support/sample_metrics.py": "metrics evaluate",
+    "support/sample_metrics.py": "metrics",
     "support/ood.py": "evaluate images",
+    "support/detector.py": "detector",
+    "support/judges.py": "judges",
+    "support/looks.py": "evaluate",
     "support/restarts.py": "restarts",
     "support/training.py": "training train_jem guard interruption",
     "support/schedule.py": "training",
     "support/augment.py": "training outliers data",
     "support/guard.py": "guard",
-    "support/report/*.py": "report_classification evaluate",
+    "support/report/*.py": "evaluate",
+    "support/report/classification.py": "report_classification",
+    "support/report/robustness.py": "report_robustness",
     "benchmarks/time_to_quality.py": "benchmarks",
 }
 LEFT_OUT = (".*", "__pycache__", "*.egg-info")  # of a copy
