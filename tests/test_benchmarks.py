@@ -90,7 +90,7 @@ def test_quality_against_minutes_is_measured_for_every_variant_and_seed(
     assert look["data_set"] == "digits" and look["what_for"] == "time to quality"
     assert look["command"].startswith("python benchmarks/time_to_quality.py --dataset digits")
 
-    monkeypatch.setattr(time_to_quality.subprocess, "Popen", None)  # nothing is trained again
+    monkeypatch.setattr(time_to_quality, "subprocess", None)  # nothing is trained again
     time_to_quality.main(time_to_quality.parse([*flags, "--resume"]))
     assert json.loads((tmp_path / "quality.json").read_text()) == found
 
