@@ -13,7 +13,7 @@ from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.parser import HERE, Group, Parser
 from sgld_nrg.support.presets import BASE, PRESETS, SHAPES
 
-SHIPPED = str(HERE / "results" / "mnist-ten-minutes.pt")
+SHIPPED = str(HERE / "results" / "mnist.pt")
 OWN = os.path.join("results", "digits", "jem.pt")
 CONDITIONS = ("class_label", "mixture", "interpolate")  # flags that name classes, one at most
 

@@ -414,7 +414,7 @@ MEASUREMENT: Group = (
         flag(
             "--chains",
             positive_int,
-            "chains that run long; without it 1000, on a GPU 10000, with --quick 200, on a GPU 1000",
+            "chains that run long; without it 1000 (on a GPU 10000), with --quick 200 (1000)",
         ),
         JUDGES,
         flag("--quick", bool, "smaller samples and fewer attacks: an answer within a minute"),

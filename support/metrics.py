@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 Values = Tensor | ArrayLike
+MEASURES = ("auroc", "average_precision", "fpr95")  # of `detection`
 
 
 def finite(values: Values, name: str, dimensions: int | None = None) -> Tensor:
@@ -138,6 +139,22 @@ def calibration(logits: Values, labels: Values, bins: int = 15) -> dict[str, Any
     }
 
 
+def calibration_errors(confidence: Values, correct: Values, bins: int = 15) -> list[float]:
+    """Return [ece, adaptive_ece, mce] as `calibration` has them, a hundred times as fast.
+
+    confidence: (N,) float in 0..1, of the predicted class; correct: (N,) bool or 0 and 1. For the
+    bootstrap, whose resamples need no torchmetrics each.
+    """
+    sure = np.minimum(np.asarray(confidence, dtype=np.float64), 1 - 2**-24)
+    right = np.asarray(correct, dtype=np.float64)
+    edges = torch.linspace(0, 1, bins + 1).numpy()
+    places = np.digitize(sure.astype(np.float32), edges) - 1
+    counts = np.bincount(places, minlength=bins)
+    gaps = np.abs(np.bincount(places, weights=right - sure, minlength=bins))
+    adaptive = _adaptive_ece(torch.from_numpy(sure), torch.from_numpy(right), bins)
+    return [gaps.sum() / len(sure), adaptive, (gaps / np.maximum(counts, 1)).max()]
+
+
 def fit_temperature(logits: Values, labels: Values) -> float:
     """Fit the T > 0 that minimises the negative log-likelihood of logits / T, by LBFGS on log T.
 
@@ -183,15 +200,47 @@ def detection(scores_in: Values, scores_out: Values, name: str = "score") -> dic
     >>> detection([1.0, 2.0, 3.0, 4.0], [3.5, 8.0])["auroc"]
     0.875
     """
+    return _detection(*_ranked(scores_in, scores_out, name))
+
+
+def detection_intervals(
+    scores_in: Values, scores_out: Values, resamples: int
+) -> dict[str, list[float]]:
+    """Return the bootstrap 95 % interval of each measure of `detection`; see `bootstrap`.
+
+    Scores are sorted once, not for each resample.
+    """
+    inside, outside = _ranked(scores_in, scores_out)
+    size = int(max(inside.max(), outside.max())) + 1
+
+    def again(inside: np.ndarray, outside: np.ndarray) -> list[float]:
+        found = _detection(inside, outside, size)
+        return [found[measure] for measure in MEASURES]
+
+    intervals = bootstrap(again, inside, outside, resamples=resamples, paired=False)
+    return dict(zip(MEASURES, intervals, strict=True))
+
+
+def _ranked(
+    scores_in: Values, scores_out: Values, name: str = "score"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the place of each score among the different ones of both, the lowest 0."""
     inside = finite(scores_in, f"{name} in distribution", 1).cpu().double().numpy()
     outside = finite(scores_out, f"{name} out of distribution", 1).cpu().double().numpy()
-    thresholds, ties = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    parts = np.split(ties, [len(inside)])
+    _, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
+    first, second = np.split(places, [len(inside)])
+    return first, second
+
+
+def _detection(inside: np.ndarray, outside: np.ndarray, size: int = 0) -> dict[str, Any]:
+    """Return `detection` of places of scores; size: of which there are so many at least."""
+    size = max(size, int(inside.max()) + 1, int(outside.max()) + 1)
     # at each threshold, the highest first
-    false, true = (np.bincount(part, minlength=len(thresholds))[::-1] for part in parts)
+    false, true = (np.bincount(part, minlength=size)[::-1] for part in (inside, outside))
     flagged_in, flagged_out = np.cumsum(false), np.cumsum(true)
+    flagged = np.maximum(flagged_in + flagged_out, 1)  # no resample holds the highest score
     below = (true * (len(inside) - flagged_in + false / 2)).sum()
-    precision = (true / len(outside) * flagged_out / (flagged_in + flagged_out)).sum()
+    precision = (true / len(outside) * flagged_out / flagged).sum()
     at_95 = np.argmax(flagged_out / len(outside) >= 0.95)
     return {
         "auroc": float(below / (len(inside) * len(outside))),

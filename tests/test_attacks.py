@@ -790,7 +790,7 @@ def test_the_report_is_within_two_points_of_a_far_stronger_attack(norm):
     except (KeyError, UserError):
         pytest.skip("needs MNIST in SGLD_NRG_DATA")
     x, labels = (part[:200] for part in dataset.val)  # tests do not look at the test set
-    checkpoint = load_checkpoint(ROOT / "results" / "mnist-ten-minutes.pt", "jem")
+    checkpoint = load_checkpoint(ROOT / "results" / "mnist.pt", "jem")
     model, eps = load_model(checkpoint).eval(), FULL["epsilons"]["grey"][norm][0]
     counts = {name: FULL[name] for name in ("attack_steps", "random_starts", "targets")}
     ours = strongest(model, x, labels, norm, eps, generator=generator(), **counts)

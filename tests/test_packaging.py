@@ -95,11 +95,12 @@ def test_an_installation_adds_one_package_and_its_description(site):
     assert {path.name for path in site.iterdir()} == {"sgld_nrg", description}
 
 
-def test_the_package_holds_every_module_the_shipped_model_and_nothing_else(site):
+def test_the_package_holds_every_module_the_shipped_model_its_judges_and_nothing_else(site):
     package = site / "sgld_nrg"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     wanted = {path.relative_to(ROOT).as_posix() for path in modules().values()} | {"__init__.py"}
-    wanted |= {"results/mnist-ten-minutes.pt", "py.typed"}
+    judges = (ROOT / "results" / "judges").glob("*.pt")
+    wanted |= {"results/mnist.pt", "py.typed", *(f"results/judges/{p.name}" for p in judges)}
     assert {name for name in files if "__pycache__" not in name} == wanted
 
 

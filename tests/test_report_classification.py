@@ -43,3 +43,30 @@ def test_the_temperature_is_of_the_validation_split_and_all_else_of_the_test_spl
     assert found["calibration"] == metrics.calibration(logits, test.labels, 5)
     after = metrics.calibration(logits / temperature, test.labels, 5)
     assert found["calibration_after_temperature"] == after
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, 5, 30])
+def test_the_quick_calibration_errors_are_those_of_the_library(scale):
+    logits = scale * torch.randn(3000, 10, generator=generator())
+    labels = torch.where(torch.rand(3000, generator=generator(1)) < 0.8, logits.argmax(1), 3)
+    slow = metrics.calibration(logits, labels)
+    confidence, predictions = logits.double().softmax(1).max(1)
+    quick = metrics.calibration_errors(confidence, predictions == labels)
+    assert quick == pytest.approx([slow["ece"], slow["adaptive_ece"], slow["mce"]], abs=1e-5)
+
+
+def test_intervals_of_detection_are_those_of_resampled_scores():
+    inside, outside = (
+        torch.randn(80, generator=generator()),
+        torch.randn(50, generator=generator(1)),
+    )
+    inside, outside = inside.round(decimals=1), outside.round(decimals=1) + 0.5  # with ties
+
+    def again(inside, outside):
+        found = metrics.detection(inside, outside)
+        return [found[measure] for measure in metrics.MEASURES]
+
+    slow = metrics.bootstrap(again, inside, outside, resamples=50, paired=False)
+    quick = metrics.detection_intervals(inside, outside, resamples=50)
+    for measure, interval in zip(metrics.MEASURES, slow, strict=True):
+        assert quick[measure] == pytest.approx(interval)

@@ -169,3 +169,25 @@ def test_clusters_cut_a_class_by_what_its_images_look_like():
     # few images have few clusters: no start is a training image
     parts = restarts.clusters(images, labels, 10, seed=0)
     assert len(parts[:206].unique()) == 4 and len(parts[-4:].unique()) == 1
+
+
+def test_a_compact_restart_draws_nearly_the_same_and_is_a_fraction_of_the_size():
+    basis = torch.linalg.qr(torch.randn(100, 12, generator=generator()))[0]
+    mean = torch.randn(6, 12, generator=generator(1)) @ basis.T / 3
+    falling = torch.tensor([0.3, 0.1, 0.03])  # the directions come strongest first
+    factor = basis @ torch.linalg.qr(torch.randn(6, 12, 3, generator=generator(2)))[0] * falling
+    weights = torch.tensor([[0.1, 0.2, 0.3], [0.15, 0.2, 0.05]])
+    restart = GaussianRestart(mean, factor, (1, 10, 10), weights, clamp=(-9, 9))
+    state = restarts.compact(restart, directions=12, rank=3)
+    again = restart_from_state(state)
+    assert torch.equal(again.weights, weights) and again.shape == (1, 10, 10)
+    assert (again.mean - mean).abs().max() < 0.01 * mean.abs().max()
+    spread, wanted = (f @ f.transpose(1, 2) for f in (again.factor, factor))
+    assert (spread - wanted).norm() < 0.02 * wanted.norm()
+    labels = torch.tensor([0, 1]).repeat(50)
+    near, full = again.draw(labels, generator(3)), restart.draw(labels, generator(3))
+    assert (near - full).abs().max() < 0.05  # of the same label, part and place
+    few = restart_from_state(restarts.compact(restart, directions=12, rank=1))
+    assert few.factor.shape == (6, 100, 1)
+    strongest = factor.square().sum(1).amax(1)
+    torch.testing.assert_close(few.factor.square().sum((1, 2)), strongest, rtol=0.05, atol=0)

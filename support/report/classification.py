@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from sgld_nrg.models import predict
 from sgld_nrg.support import metrics, plots
@@ -25,13 +26,24 @@ def measure(study: Study) -> dict[str, Any]:
         logits, labels = predict(model, test.images).cpu(), test.labels
         temperature = metrics.fit_temperature(predict(model, val.images).cpu(), val.labels)
 
-        def scores(rows: np.ndarray, scaled: Any = logits, truth: Any = labels) -> np.ndarray:
-            part = metrics.classification(scaled[rows], truth[rows])
-            part |= metrics.calibration(scaled[rows], truth[rows], bins)
-            return np.array([part[score] for score in (*SCORES, *CALIBRATION)])
+        probabilities = logits.double().softmax(1)
+        sure, said = probabilities.max(1)
+        one_hot = torch.nn.functional.one_hot(labels, logits.shape[1])
+        each = torch.stack(  # of each image: right or not, -log p_y, Brier score, confidence
+            [
+                (said == labels).double(),
+                torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none"),
+                (probabilities - one_hot).square().sum(1),
+                sure,
+            ],
+            dim=1,
+        )
 
-        every = np.arange(len(labels))
-        intervals = metrics.bootstrap(scores, every, resamples=study.sizes["resamples"])
+        def scores(rows: np.ndarray) -> list[float]:
+            means = rows[:, :3].mean(0)
+            return [*means, *metrics.calibration_errors(rows[:, 3], rows[:, 0], bins)]
+
+        intervals = metrics.bootstrap(scores, each, resamples=study.sizes["resamples"])
         found[name] = {
             **metrics.classification(logits, labels),
             "calibration": metrics.calibration(logits, labels, bins),

@@ -22,7 +22,6 @@ from sgld_nrg.support.report.words import interval, table
 
 SCORES = ("detector", "energy", "typicality", "max_prob", "grad_norm")
 INSIDE = "test set"
-MEASURES = ("auroc", "average_precision", "fpr95")
 
 
 def ood_sets(
@@ -83,18 +82,6 @@ def ood_scores(detector: Detector, images: Tensor, median: float) -> dict[str, n
     }
 
 
-def detect(inside: np.ndarray, outside: np.ndarray, name: str, resamples: int) -> dict[str, Any]:
-    """Return metrics.detection with a bootstrap 95 % interval for each of its measures."""
-
-    def again(inside: np.ndarray, outside: np.ndarray) -> list[float]:
-        found = metrics.detection(inside, outside)
-        return [found[measure] for measure in MEASURES]
-
-    found = metrics.detection(inside, outside, name)
-    intervals = metrics.bootstrap(again, inside, outside, resamples=resamples, paired=False)
-    return {**found, "intervals": dict(zip(MEASURES, intervals, strict=True))}
-
-
 def measure(study: Study) -> dict[str, Any]:
     """Return {"sets", "skipped", "results": {model: {set: {score: {...}}}}}; draws the scores."""
     sets, described, skipped = study.ood
@@ -109,12 +96,14 @@ def measure(study: Study) -> dict[str, Any]:
         scored[model_name] = {INSIDE: inside, **outside}
         results[model_name] = {
             label: {
-                score: detect(
-                    inside[score],
-                    scores[score],
-                    f"{model_name} {score} on {label}",
-                    study.sizes["resamples"],
-                )
+                score: {
+                    **metrics.detection(
+                        inside[score], scores[score], f"{model_name} {score} on {label}"
+                    ),
+                    "intervals": metrics.detection_intervals(
+                        inside[score], scores[score], study.sizes["resamples"]
+                    ),
+                }
                 for score in SCORES
             }
             for label, scores in outside.items()

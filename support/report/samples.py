@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sgld_nrg.support import plots, sample_metrics
+from sgld_nrg.support.augment import add_noise
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.study import Study, fresh_chains
 from sgld_nrg.support.report.words import ratio, table, worse_first
@@ -16,8 +17,9 @@ def measure(study: Study) -> dict[str, Any]:
     """Judge samples; draws them, and the nearest training images.
 
     Returns for each judge its floor and, of the buffer's and fresh chains, what
-    `Yardstick.judge_features` says; of training images the same, of one of the floor's draws; and
-    the distances to the nearest training image, of both kinds of chains and of the test set.
+    `Yardstick.judge_features` says; of training images the same, of one of the floor's draws, and
+    of others with the noise of --input-noise, which is what the density is of; and the distances to
+    the nearest training image, of both kinds of chains and of the test set.
     """
     dataset, checkpoint = study.dataset, study.checkpoint
     generator, buffer = study.generator(), checkpoint["buffer"]["images"]
@@ -29,10 +31,13 @@ def measure(study: Study) -> dict[str, Any]:
         "buffer": buffer[torch.randperm(len(buffer), generator=source)[:count]].to(study.device),
         "fresh": fresh_chains(checkpoint, model, count, FRESH_STEPS, generator),
     }
+    noise = checkpoint.get("args", {}).get("input_noise", 0.0)
+    noisy = add_noise(train[torch.randperm(len(train), generator=source)[:count]], noise, source)
+    with_noise = [("training images with the training's noise", noisy)] if noise else []
     judged = {}
     for name, yardstick in study.yardsticks(count).items():
         training = yardstick.judge_features(yardstick.training)
-        found = {kind: yardstick.judge_images(images) for kind, images in kinds.items()}
+        found = {kind: yardstick.judge_images(x) for kind, x in [*with_noise, *kinds.items()]}
         judged[name] = {
             "floor": yardstick.floor,
             "floor_deviation": yardstick.deviation,
@@ -83,7 +88,8 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             f"Inception features), {found['images']} images of each kind to as many test images, "
             "the worse judge first. The floor is the mean distance of eight draws of as many "
             f"training images ({floors}); its deviation stands behind each ratio. Fresh chains "
-            f"start in the restart distribution and take {found['fresh_steps']} steps.",
+            f"start in the restart distribution and take {found['fresh_steps']} steps. The density "
+            "is that of training images with noise, so their row is what chains can come down to.",
             table([*header, "class entropy / ln K"], rows),
             f"L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of "
             f"{near['fresh']['images']}: "
