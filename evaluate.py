@@ -165,7 +165,8 @@ def summary(found: dict[str, Any]) -> str:
         ece = percent(row["calibration"]["ece"])
         lines.append(f"{name}: accuracy {percent(row['accuracy'])}, ECE {ece}")
     for name, judge in found["samples"]["judges"].items():
-        ratios = ", ".join(f"{kind} {ratio(judge['kinds'][kind])}" for kind in ("buffer", "fresh"))
+        chains = {kind: row for kind, row in judge["kinds"].items() if kind in ("buffer", "fresh")}
+        ratios = ", ".join(f"{kind} {ratio(row)}" for kind, row in chains.items())
         lines.append(f"times the Fréchet floor, judge {name}: {ratios}")
     return "\n".join(lines)
 

@@ -24,25 +24,27 @@ def measure(study: Study) -> dict[str, Any]:
     dataset, checkpoint = study.dataset, study.checkpoint
     generator, buffer = study.generator(), checkpoint["buffer"]["images"]
     train, test = dataset.train.images, dataset.test.images
-    count = min(study.sizes["samples"], len(test), len(train), len(buffer))
+    count = min(study.sizes["samples"], len(test), len(train))
+    if len(buffer) >= count / 10:  # a checkpoint made small keeps too few to judge
+        count = min(count, len(buffer))
     source = torch.Generator().manual_seed(study.args.seed)
-    model = study.models["jem"]
-    kinds = {
-        "buffer": buffer[torch.randperm(len(buffer), generator=source)[:count]].to(study.device),
-        "fresh": fresh_chains(checkpoint, model, count, FRESH_STEPS, generator),
-    }
-    noise = checkpoint.get("args", {}).get("input_noise", 0.0)
-    noisy = add_noise(train[torch.randperm(len(train), generator=source)[:count]], noise, source)
-    with_noise = [("training images with the training's noise", noisy)] if noise else []
+    chosen = torch.randperm(len(buffer), generator=source)[:count]
+    others = train[torch.randperm(len(train), generator=source)[:count]]
+    noise = checkpoint["args"]["input_noise"]
+    fresh = fresh_chains(checkpoint, study.models["jem"], count, FRESH_STEPS, generator)
+    kinds = {"buffer": buffer[chosen].to(study.device), "fresh": fresh}
+    with_noise = {"training images with the training's noise": add_noise(others, noise, source)}
     judged = {}
     for name, yardstick in study.yardsticks(count).items():
-        training = yardstick.judge_features(yardstick.training)
-        found = {kind: yardstick.judge_images(x) for kind, x in [*with_noise, *kinds.items()]}
+        found = {"training images": yardstick.judge_features(yardstick.training)}
+        for kind, images in {**with_noise, **kinds}.items():
+            if len(images) == count:
+                found[kind] = yardstick.judge_images(images)
         judged[name] = {
             "floor": yardstick.floor,
             "floor_deviation": yardstick.deviation,
             "feature_dimensions": yardstick.reference.shape[1],
-            "kinds": {"training images": training, **found},
+            "kinds": found,
         }
 
     few, everything = min(count, study.sizes["nearest"]), train.to(study.device)
@@ -89,10 +91,11 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             "the worse judge first. The floor is the mean distance of eight draws of as many "
             f"training images ({floors}); its deviation stands behind each ratio. Fresh chains "
             f"start in the restart distribution and take {found['fresh_steps']} steps. The density "
-            "is that of training images with noise, so their row is what chains can come down to.",
+            "is that of training images with noise, so their row is what chains can come down to. A "
+            "buffer of too few chains, as of a checkpoint made small, is not judged.",
             table([*header, "class entropy / ln K"], rows),
-            f"L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of "
-            f"{near['fresh']['images']}: "
+            "L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of at "
+            f"most {near['fresh']['images']}: "
             + ", ".join(
                 f"{kind} {d['median']:.2f} / {d['smallest']:.2f}" for kind, d in near.items()
             )
