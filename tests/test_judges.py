@@ -120,6 +120,33 @@ def test_training_repeats_whatever_was_drawn_before_and_leaves_the_draws_after(n
 
 
 @pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_learns(name, digits, capsys):
+    train = Split(*(values[:400] for values in digits.train))
+    accuracy = module._train(name, digits._replace(train=train), CPU)["accuracy"]
+    assert accuracy > 0.9
+
+
+def test_each_update_of_a_judge_has_its_own_gradient(few, monkeypatch, capsys):
+    shares, largest = iter([1.0, *[0.0] * 19]), []
+    monkeypatch.setattr(module, "cross_entropy", lambda logits, _: next(shares) * logits.sum())
+
+    def step(self, closure=None):
+        weights = self.param_groups[0]["params"]
+        largest.append(max(float(weight.grad.abs().max()) for weight in weights))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    module._train("vgg", few, CPU)
+    assert largest[0] > 0 and largest[1:] == [0] * 19
+
+
+def test_a_judge_of_colour_images_is_wider():
+    for shape, widths in (((1, 28, 28), (16, 32, 64)), ((3, 32, 32), (64, 256, 256))):
+        layers = build_judge("vgg", 10, shape).modules()
+        found = [part.out_channels for part in layers if isinstance(part, nn.Conv2d)]
+        assert found == [width for width in widths for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", JUDGES)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 9)])
 def test_a_judge_takes_images_of_any_shape(name, shape):
     judge = build_judge(name, 7, shape)

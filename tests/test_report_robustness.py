@@ -198,14 +198,16 @@ def test_the_accuracy_without_attack_is_that_of_the_test_images(study):
 
 def test_a_jem_alone_and_colour_images_have_their_own_radii(study, monkeypatch):
     study.models = {"jem": study.models["jem"]}
-    colours = []
+    colours, networks = [], []
 
     def curve(attacks, images, labels, epsilons):
         colours.append((list(attacks), epsilons))
+        networks.extend(survives.args[0] for survives in attacks.values())
         return [robustness.point(0.0, labels > 0) | {"after": {}}], labels > 0
 
     monkeypatch.setattr(robustness, "curve", curve)
     monkeypatch.setattr(robustness, "check_attack", lambda *_, **__: {})
+    monkeypatch.setattr(robustness, "refined", lambda *given, through: (through, *given[1:3]))
     images = study.dataset.test.images[:8].expand(-1, 3, -1, -1)
     study.dataset = SimpleNamespace(test=(images, study.dataset.test.labels[:8]))
     study.args.attacks = ["l2"]
@@ -213,6 +215,8 @@ def test_a_jem_alone_and_colour_images_have_their_own_radii(study, monkeypatch):
     radii = DRY_RUN["epsilons"]["colour"]["l2"]
     assert colours == [(["APGD"], radii), (["around", "straight", "steps"], radii[:1])]
     assert list(found["curves"]["l2"]) == ["jem", "jem-3"]
+    jem = study.models["jem"]  # each attack behind the steps has the gradient of its name
+    assert networks == [jem, *((through, jem, 3) for through in ("around", "straight", "steps"))]
 
 
 def test_no_attacks_are_said_to_be_none(study):
