@@ -442,6 +442,14 @@ def test_the_mean_softmax_over_the_draws_decides(strong, decided):
     assert torch.equal(attack.correct, labels == decided)
 
 
+def test_a_lone_draw_is_decided_by_its_logits_where_the_probabilities_tie():
+    def logits_of(x):
+        return torch.tensor([0.0, 1e-9]) + 0 * x.flatten(1)
+
+    x = torch.zeros(1, 1, 1, 1)
+    assert apgd(logits_of, x, torch.tensor([1]), "linf", 0.1, attack_steps=1).correct.all()
+
+
 def test_a_loss_that_stops_being_finite_is_named_with_its_step():
     def failing(call):
         calls = []

@@ -98,7 +98,7 @@ def test_the_report_has_every_section_for_both_models_with_intervals(found):
     protocol = found["protocol"]
     assert protocol["sizes"]["bins"] == 15 and protocol["splits"]["test"] == 360
     for judge in JUDGES:
-        kinds = {"training images", "buffer", "fresh"}
+        kinds = {"training images", "buffer", "fresh", "training images with the training's noise"}
         assert set(found["samples"]["judges"][judge]["kinds"]) == kinds
         assert list(found["long_chains"]["judges"][judge]["steps"]) == ["0", "10"]
     assert set(found["robustness"]["curves"]) == {"linf", "l2"}

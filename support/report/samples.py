@@ -91,8 +91,8 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             "the worse judge first. The floor is the mean distance of eight draws of as many "
             f"training images ({floors}); its deviation stands behind each ratio. Fresh chains "
             f"start in the restart distribution and take {found['fresh_steps']} steps. The density "
-            "is that of training images with noise, so their row is what chains can come down to. A "
-            "buffer of too few chains, as of a checkpoint made small, is not judged.",
+            "is that of training images with noise, so their row is what chains can come down to. "
+            "A buffer of too few chains, as of a checkpoint made small, is not judged.",
             table([*header, "class entropy / ln K"], rows),
             "L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of at "
             f"most {near['fresh']['images']}: "
