@@ -82,7 +82,7 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
         ood = detection.ood_sets(dataset, args, sizes["ood"], device)
     with output_folder(args, ranks) as folder:
         place = folder / "judges" if args.dry_run else Path(args.judges)
-        networks = judges(dataset, place, device, ranks)
+        networks = judges(dataset, place, device, ranks, 3 if args.dry_run else None)
         study = Study(args, sizes, device, dataset, checkpoint, models, networks, ood, folder)
         if ranks.first:
             looks.record("python evaluate.py", args, dataset.name, "report")

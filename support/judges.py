@@ -7,7 +7,7 @@ normalisation, and are trained once for a data set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +99,32 @@ def build_judge(name: str, num_classes: int, shape: Sequence[int]) -> nn.Module:
     return ConvMixer(num_classes, channels, patch, width, depth, kernel)
 
 
-def judges(dataset: Dataset, folder: Path, device: torch.device, ranks: Alone) -> dict[str, Any]:
+def judges(
+    dataset: Dataset,
+    folder: Path,
+    device: torch.device,
+    ranks: Alone,
+    most_iterations: int | None = None,
+) -> dict[str, Any]:
     """Return the judges of a data set, {name: network in eval mode}, trained if not found.
 
     They are looked for in `folder`, then in the project's own results/judges, by the data's
-    fingerprint; one that is trained here is kept in `folder`.
+    fingerprint; one that is trained here is kept in `folder`. most_iterations: of a training, for
+    a dry run; None: no limit.
     """
     found = {}
+    stem = dataset.name
+    if stem == "folder":  # there may be judges of many
+        stem += "-" + dataset.origin["fingerprint"]["train"].split()[-1]
     for name in JUDGES:
 
         def make(name: str = name) -> dict[str, Any]:
-            file = f"{dataset.name}-{name}.pt"
+            file = f"{stem}-{name}.pt"
             for place in (folder, HERE / "results" / "judges"):
                 state = read_state(place / file)
                 if state and state["fingerprint"] == dataset.origin["fingerprint"]:
                     return state
-            state = _train(name, dataset, device)
+            state = _train(name, dataset, device, most_iterations)
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / file, state)
             return state
@@ -125,7 +135,9 @@ def judges(dataset: Dataset, folder: Path, device: torch.device, ranks: Alone) -
     return found
 
 
-def _train(name: str, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+def _train(
+    name: str, dataset: Dataset, device: torch.device, most_iterations: int | None = None
+) -> dict[str, Any]:
     """Train a judge on clean training images, shifted and, as the data set allows, mirrored."""
     images, labels = dataset.train.to(device)
     colour, count = dataset.shape[0] == 3, len(labels)
@@ -139,22 +151,23 @@ def _train(name: str, dataset: Dataset, device: torch.device) -> dict[str, Any]:
         network = build_judge(name, dataset.num_classes, dataset.shape).to(device)
     network = network.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-    total = epochs * (count // batch)
+    total = min(epochs * (count // batch), most_iterations or epochs * count)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=total)
-    bar = tqdm(total=total, disable=None, desc=f"judge {name}", unit="it")
-    with bar:
-        for _ in range(epochs):
+    rows: Iterator[Tensor] = iter(())
+    for _ in tqdm(range(total), disable=None, desc=f"judge {name}", unit="it"):
+        chosen = next(rows, None)
+        if chosen is None:  # an epoch begins
             order = torch.randperm(count, device=device, generator=generator)
-            for rows in order[: count // batch * batch].split(batch):
-                x = shifted(images[rows], dataset.shape[1] // 14, generator, flip_prob)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    logits = network(x)
-                loss = cross_entropy(logits.float(), labels[rows])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                bar.update()
+            rows = iter(order[: count // batch * batch].split(batch))
+            chosen = next(rows)
+        x = shifted(images[chosen], dataset.shape[1] // 14, generator, flip_prob)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = network(x)
+        loss = cross_entropy(logits.float(), labels[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
     val = dataset.val.to(device)
     accuracy = (predict(network, val.images).argmax(1) == val.labels).float().mean().item()
     print(f"judge {name}: validation accuracy {100 * accuracy:.2f} %", flush=True)

@@ -154,3 +154,19 @@ def test_a_judge_takes_images_of_any_shape(name, shape):
     assert judge(x).shape == (2, 7) and judge.features(x).shape == (2, judge.head.in_features)
     assert any(isinstance(part, nn.BatchNorm2d) for part in judge.modules())
     assert judge.head.in_features == {"vgg": (64, 256), "convmixer": (64, 192)}[name][shape[0] == 3]
+
+
+def test_two_folders_have_judges_of_their_own_and_a_dry_run_trains_for_a_moment(
+    few, tmp_path, capsys, monkeypatch
+):
+    updates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: updates.append(1) or step(*a))
+    for mark in ("aaaa", "bbbb"):
+        folder = few._replace(
+            name="folder", origin={"fingerprint": {"train": f"20 images, {mark}"}}
+        )
+        judges(folder, tmp_path, CPU, Alone(), most_iterations=2)
+    names = {f"folder-{mark}-{name}.pt" for mark in ("aaaa", "bbbb") for name in JUDGES}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert len(updates) == 2 * 2 * len(JUDGES)

@@ -52,7 +52,7 @@ FULL: dict[str, Any] = {
     "resamples": 100,
 }
 QUICK: dict[str, Any] = {
-    "ood": 1000,
+    "ood": 500,
     "attacked": 100,
     "attack_steps": 10,
     "random_starts": 1,
@@ -69,8 +69,8 @@ QUICK: dict[str, Any] = {
     "refined_attack_steps": 5,
     "refined_draws": 1,
     "refined_epsilons": 1,
-    "samples": 1000,
-    "conditional": 200,
+    "samples": 500,
+    "conditional": 100,
     "long_chains": 200,
     "longest": 100,
     "nearest": 100,
