@@ -185,6 +185,16 @@ def test_the_steps_are_halved_at_the_checkpoints_of_the_paper():
     assert attacks._checkpoints(50) == {11, 21, 29, 35, 40, 44, 47, 50}
 
 
+def test_a_checkpoint_judges_the_steps_since_the_last_one(monkeypatch):
+    halved, counts = attacks._halved, []
+    monkeypatch.setattr(
+        attacks, "_halved", lambda state, steps: halved(state, counts.append(steps) or steps)
+    )
+    x, labels = torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
+    apgd(lambda x: two_classes(5 + x.flatten()), x, labels, "linf", 0.1, attack_steps=101)
+    assert counts == [23, 19, 16, 13, 10, 7, 6, 6]
+
+
 def test_an_oscillating_step_is_halved_and_goes_on_from_the_best_point():
     # the loss is -|x|: a step of 2 * eps leaps over 0 again and again
     x, labels, seen = torch.zeros(20, 1, 1, 1), torch.zeros(20, dtype=torch.int64), []
@@ -579,6 +589,17 @@ def test_squares_use_the_whole_ball_and_come_near_the_worst_image(norm, channels
             torch.testing.assert_close(images.flatten(1).norm(dim=1), torch.full((6,), 2 * eps))
     lowered = model.margin(x, labels) - model.margin(result.images, labels)
     assert (lowered > 0.45 * 2 * eps * model.strength(norm)).all()
+
+
+@pytest.mark.parametrize("norm, name", [("linf", "_squares"), ("l2", "_pyramids")])
+def test_squares_shrink_by_the_share_of_the_queries_that_are_spent(norm, name, monkeypatch):
+    shares = []
+    monkeypatch.setattr(attacks, name, lambda delta, share, *_: shares.append(share) or delta)
+    x, labels = torch.zeros(2, 1, 5, 5), torch.ones(2, dtype=torch.int64)
+    square(Linear((1, 5, 5), bias=100), x, labels, norm, 0.1, queries=100)
+    firsts = [shares.index(share) for share in sorted(set(shares), reverse=True)]
+    assert firsts == [0, 1, 2, 5, 10, 20, 40, 60, 80]  # at 1 the first two are due
+    assert shares[0] == 0.8 and shares[1] == 0.2 and shares[-1] == 0.8 / 2**9
 
 
 def test_each_image_gets_its_own_square_and_all_places_have_their_turn():
