@@ -262,8 +262,25 @@ def test_faint_noise_is_rounded_away_and_levels_follow_what_the_network_reads(tr
     coarse = rounded(images, 9)  # multiples of 0.25
     assert (rounded(faint, 9) == coarse).double().mean() > 0.8
     assert torch.equal(rounded(coarse, 9), coarse) and torch.equal(rounded(images, 0), images)
-    assert module._fewest_levels(trained, images) in (*module.LEVELS, 0)
+    assert module._fewest_levels(trained, images) in module.LEVELS
     assert module._fewest_levels(Restless(), noise(100)) == 0
+
+
+@pytest.mark.parametrize("grey, fewest", [(0.5, 5), (0.15, 9), (0.12, 17)])
+def test_the_levels_are_the_fewest_at_which_99_percent_keep_their_class(grey, fewest):
+    class Bright(torch.nn.Linear):
+        """Class 1 above a grey of 0.1."""
+
+        def forward(self, x):
+            return super().forward(x.flatten(1)[:, :1])
+
+    model = Bright(1, 2)
+    model.weight.data, model.bias.data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0.1, -0.1])
+    images = torch.full((100, 1, 2, 2), 0.5)
+    images[:2] = grey
+    assert module._fewest_levels(model, images) == fewest
+    images[1] = 0.5  # one of a hundred may change
+    assert module._fewest_levels(model, images) == 5
 
 
 def test_the_pattern_entropy_tells_the_simple_from_the_complex():
