@@ -261,6 +261,20 @@ def test_changed_chains_start_in_another_class_and_are_counted_when_read_as_aske
     assert found["of_the_starts"]["share"] < 0.5
 
 
+def test_the_judge_that_fewer_changed_chains_convince_comes_first():
+    def judge(share):
+        row = {"share": share, "interval": [share, share]}
+        own = {"share": 1.0, "interval": [1.0, 1.0]}
+        return {"as_asked": own, "of_the_starts": own, "changed": row, "changed_before": own}
+
+    found = {"chains": 10, "steps": 30, "changing_steps": 100}
+    found["judges"] = {"a": judge(0.5), "b": judge(0.25), "c": judge(0.75)}
+    rows = [line.split(" | ") for line in class_conditional.words(found, {}).splitlines()]
+    shown = {row[0]: row[3] for row in rows if len(row) == 5}
+    assert list(shown) == ["| judge", "| ---", "| b", "| a", "| c"]
+    assert shown["| b"].startswith("25.00 %")
+
+
 def test_the_detector_is_judged_on_the_whole_test_set_and_disturbances_one_by_one(
     tmp_path, checkpoint, digits
 ):
