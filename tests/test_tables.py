@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -17,12 +18,20 @@ import tables
 sys.path.remove(str(ROOT / "results"))
 
 
+def committed_looks():
+    """Return results/looks.csv without the lines that the user's own runs have added since."""
+    show = ["git", "show", "HEAD:results/looks.csv"]
+    done = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else (ROOT / "results/looks.csv").read_text()
+
+
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the documents and of the files that they are made from."""
-    for path in (*tables.documents_of(ROOT), ROOT / "results/looks.csv"):
+    for path in tables.documents_of(ROOT):
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, tmp_path / path.relative_to(ROOT))
+    (tmp_path / "results/looks.csv").write_text(committed_looks())
     shutil.copytree(ROOT / "results/reports", tmp_path / "results/reports")
     return tmp_path
 
@@ -34,8 +43,8 @@ def change(path, find, put):
     path.write_text(text.replace(find, put, 1))
 
 
-def test_no_table_or_number_is_stale():
-    assert [path.name for path in tables.stale()] == []
+def test_no_table_or_number_is_stale(copied):
+    assert [path.name for path in tables.stale(copied)] == []
 
 
 def test_a_changed_number_in_a_table_is_stale_and_is_mended(copied):
@@ -62,8 +71,7 @@ def test_another_look_makes_the_documents_stale(copied):
 
 
 def test_the_readme_quotes_the_number_of_looks():
-    with open(ROOT / "results/looks.csv", newline="") as file:
-        looks = len(list(csv.reader(file))) - 1
+    looks = len(list(csv.reader(committed_looks().splitlines()))) - 1
     assert f"<!-- looks -->{looks}<!-- end -->" in (ROOT / "README.md").read_text()
 
 
