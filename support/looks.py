@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path

@@ -318,6 +318,13 @@ def test_a_report_is_a_look_at_the_test_set_and_a_dry_run_is_none(report, tiny_r
     assert [row["data_set"] for row in rows] == ["digits", "mnist"]
 
 
+def test_a_look_that_cannot_be_written_ends_no_run(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SGLD_NRG_LOOKS", str(tmp_path / "file" / "looks.csv"))
+    looks.record("python x.py", Namespace(dry_run=False, given=frozenset()), "mnist", "to see")
+    assert "this look is not counted" in capsys.readouterr().err
+
+
 def test_a_control_with_a_density_is_refused(tiny_run, capsys):
     flags = ("--control", tiny_run / "jem.pt", "--dry-run")
     with pytest.raises(SystemExit) as caught:
