@@ -47,7 +47,7 @@ TESTS = {  # file: the test files that answer for it, the quickest first; of two
     "support/augment.py": "training outliers data",
     "support/guard.py": "guard",
     "support/report/*.py": "evaluate",
-    "support/report/classification.py": "report_classification",
+    "support/report/classification.py": "report_classification evaluate",
     "support/report/robustness.py": "report_robustness",
     "benchmarks/time_to_quality.py": "benchmarks",
 }

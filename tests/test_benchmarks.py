@@ -7,6 +7,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, generator
@@ -166,6 +167,31 @@ def test_without_long_chains_or_a_detector_their_numbers_alone_are_missing(
         if not name.startswith("long ") and not name.endswith(", detector")
     }
     assert len(whole) == len(less) + 2 * 5 + 1
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_points_are_judged_on_the_validation_split_and_the_end_where_it_is_to_be(
+    test, tmp_path, tiny_run, digits, networks, time_to_quality
+):
+    kmnist, path = tmp_path / "kmnist.npz", tiny_run / "jem.pt"
+    np.savez(kmnist, images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8))
+    flags = ["--dataset", "digits", "--kmnist", str(kmnist), *["--test"] * test]
+    args, threads = time_to_quality.parse(flags), torch.get_num_threads()
+    try:
+        found = time_to_quality.measure(args, 0, (SHORT, SIZES), ({"seed": 3}, [path, path]))
+        assert torch.get_num_threads() == 1  # at least
+    finally:
+        torch.set_num_threads(threads)
+    part = "test" if test else "val"
+    assert list(found) == ["seed", "points", part] and found["seed"] == 3
+    known = {"rotated": "rotated", "inverted": "inverted"}
+    point = time_to_quality.judge(path, digits, "val", networks, SHORT, known)
+    assert found["points"] == [pytest.approx(point, rel=1e-3)] * 2
+    sets = {**known, "kmnist": str(kmnist)} if test else known
+    end = time_to_quality.judge(path, digits, part, networks, SIZES, sets)
+    assert found[part] == pytest.approx(end, rel=1e-3)
+    nothing = time_to_quality.measure(args, threads, (SHORT, SIZES), ({"seed": 3}, []))
+    assert nothing == {"seed": 3, "points": [], part: None}
 
 
 def test_the_ends_of_runs_are_a_table_of_means_and_their_points_a_figure(tmp_path, time_to_quality):

@@ -153,11 +153,13 @@ class Yardstick:
     def __init__(self, judge: Any, reference: Tensor, train: Tensor):
         self.judge, self.count = judge, len(reference)
         self.reference = features_of(judge, reference)
-        distances = []
-        for draw in range(self.DRAWS):
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))
-            self.training = features_of(judge, train[order[: self.count]])
-            distances.append(sample_metrics.frechet_distance(self.training, self.reference))
+        sources = (torch.Generator().manual_seed(draw) for draw in range(self.DRAWS))
+        draws = [torch.randperm(len(train), generator=s)[: self.count] for s in sources]
+        drawn = torch.cat(draws).unique()  # an image of several draws is looked at once
+        features = features_of(judge, train[drawn])
+        sets = [features[torch.searchsorted(drawn, rows).to(features.device)] for rows in draws]
+        self.training = sets[-1]
+        distances = [sample_metrics.frechet_distance(each, self.reference) for each in sets]
         self.floor, self.deviation = statistics.mean(distances), statistics.stdev(distances)
 
     def judge_images(self, images: Tensor) -> dict[str, Any]:
