@@ -401,11 +401,16 @@ def test_a_pretraining_goes_on_with_its_own_data_alone_and_overwrite_replaces_it
     assert load_checkpoint(path, "classifier")["origin"] == now
 
 
-def test_a_pretraining_with_other_background_is_not_taken_for_the_run_s_own(place, capsys):
+@pytest.mark.parametrize(
+    "flag, before, now", [("--background", "white", "black"), ("--batch-size", 16, 8)]
+)
+def test_a_pretraining_with_other_flags_is_not_taken_for_the_run_s_own(
+    flag, before, now, place, capsys
+):
     (place / "run" / "jem.pt").unlink()
     flags = ("--dataset", "folder", "--data-dir", place / "mine", "--out-dir", place / "run")
-    message = refused(capsys, "train_jem", *PRETRAINED, *flags, "--background", "black")
-    assert "--background white" in message
+    message = refused(capsys, "train_jem", *PRETRAINED, *flags, flag, now)
+    assert f"pretrained with {flag} {before}, and this run has {now}" in message
 
 
 def test_the_digits_lie_nowhere_so_that_other_sets_are_looked_for_where_they_are(digits):
