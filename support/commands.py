@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -210,10 +211,10 @@ def describe_settings(args: Namespace) -> str:
 
 def command_line(script: str, args: Namespace) -> str:
     """Return the command line that was given."""
-    words = [script]
+    words = script.split()
     for name in sorted(args.given):
         value = getattr(args, name)
         words.append("--" + name.replace("_", "-"))
         if value is not True:
             words += map(str, value) if isinstance(value, list) else [str(value)]
-    return " ".join(words)
+    return shlex.join(words)

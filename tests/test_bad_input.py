@@ -66,7 +66,8 @@ CASES = [
     ("train_jem", "--zzzzzz", "unrecognized arguments: --zzzzzz (see"),  # and no suggestion
     *[(script, "--see 3", "unrecognized arguments: --see") for script in SCRIPTS],
     # flags that contradict each other
-    ("train_jem", "--p-x-weight 0", "train_classifier.py"),
+    ("train_jem", "--augment 1 --shift 2", "--shift"),
+    ("train_jem", "--shift 8", "--shift 8 moves images of 8 pixels"),
     ("train_jem", "--p-x-weight 1 --p-xy-weight 1", "--p-xy-weight"),
     ("train_jem", "--from-scratch --classifier a.pt", "not allowed with"),
     ("train_jem", "--from-scratch --pretrain-epochs 3", "--pretrain-epochs has no effect"),
