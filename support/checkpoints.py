@@ -34,7 +34,12 @@ NEEDED["jem"] = (*NEEDED["classifier"], "sgld", "restart", "buffer", "conditiona
 FORMER_FLAGS = {"warmup_steps": "warmup_iterations", "save_steps": "save_iterations"}
 GONE_FLAGS = ("sam_rho",)
 # Flags that runs of earlier versions lack, with what those did.
-NEW_FLAGS = {"pixel_range": None, "channel_axis": None, "background": "white", "other_data": False}
+NEW_FLAGS: dict[str, Any] = {
+    "pixel_range": None,
+    "channel_axis": None,
+    "background": "white",
+    "other_data": False,
+}
 NEW_FLAGS |= {"shift": 0, "outlier_weight": 0.0, "outlier_share": 0.125, "outlier_margin": 20.0}
 
 Checkpoint = dict[str, Any]

@@ -63,7 +63,7 @@ class ConvMixer(nn.Module):
     ):
         super().__init__()
         embedding = nn.Conv2d(channels, width, patch, stride=patch)
-        layers = [nn.Sequential(embedding, nn.GELU(), nn.BatchNorm2d(width))]
+        layers: list[nn.Module] = [nn.Sequential(embedding, nn.GELU(), nn.BatchNorm2d(width))]
         layers += [MixerBlock(width, kernel) for _ in range(depth)]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(width, num_classes)

@@ -36,7 +36,7 @@ def measure(study: Study) -> dict[str, Any]:
         "changed": (changed, wanted),
         "changed_before": (x, wanted),
     }
-    judged = {}
+    judged: dict[str, dict[str, Any]] = {}
     for name, judge in study.judges.items():
         judged[name] = {}
         for kind, (pictures, asked) in images.items():
