@@ -39,8 +39,11 @@ NEW_FLAGS: dict[str, Any] = {
     "channel_axis": None,
     "background": "white",
     "other_data": False,
+    "shift": 0,
+    "outlier_weight": 0.0,
+    "outlier_share": 0.125,
+    "outlier_margin": 20.0,
 }
-NEW_FLAGS |= {"shift": 0, "outlier_weight": 0.0, "outlier_share": 0.125, "outlier_margin": 20.0}
 
 Checkpoint = dict[str, Any]
 
