@@ -25,7 +25,7 @@ def measure(study: Study) -> dict[str, Any]:
     generator, buffer = study.generator(), checkpoint["buffer"]["images"]
     train, test = dataset.train.images, dataset.test.images
     count = min(study.sizes["samples"], len(test), len(train))
-    if len(buffer) >= count / 10:  # a checkpoint made small keeps too few to judge
+    if 5 * len(buffer) >= count:  # a checkpoint made small keeps too few to judge
         count = min(count, len(buffer))
     source = torch.Generator().manual_seed(study.args.seed)
     chosen = torch.randperm(len(buffer), generator=source)[:count]
