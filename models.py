@@ -144,6 +144,19 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.second(nn.functional.silu(self.first(active)))
 
 
+def _three_groups(
+    block: Callable[[int, int, int], nn.Module], inputs: int, width: int, depth: int
+) -> list[nn.Module]:
+    """Return the blocks of a wide residual network: (depth - 4) / 6 in each of three groups."""
+    blocks = []
+    for group in range(3):
+        for number in range((depth - 4) // 6):
+            outputs, stride = (16 << group) * width, 2 if group > 0 and number == 0 else 1
+            blocks.append(block(inputs, outputs, stride))
+            inputs = outputs
+    return blocks
+
+
 class WideResNet(nn.Module):
     """WRN-depth-width without normalisation, the paper's network (WRN-28-10, leaky ReLU there).
 
@@ -155,15 +168,11 @@ class WideResNet(nn.Module):
         self, num_classes: int, channels: int, image_size: int, width: int = 10, depth: int = 28
     ):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, padding=1)]
-        inputs = 16
-        for group in range(3):
-            for block in range((depth - 4) // 6):
-                outputs, stride = (16 << group) * width, 2 if group > 0 and block == 0 else 1
-                layers.append(ResidualBlock(inputs, outputs, stride))
-                inputs = outputs
-        self.features = nn.Sequential(*layers, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(inputs, num_classes)
+        first = nn.Conv2d(channels, 16, 3, padding=1)
+        blocks = _three_groups(ResidualBlock, first.out_channels, width, depth)
+        pooled = (nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.features = nn.Sequential(first, *blocks, *pooled)
+        self.head = nn.Linear(64 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
@@ -203,15 +212,11 @@ class NFResNet(nn.Module):
         self, num_classes: int, channels: int, image_size: int, width: int = 4, depth: int = 16
     ):
         super().__init__()
-        inputs = 16 * width
-        layers: list[nn.Module] = [StandardisedConv(channels, inputs, 3, padding=1)]
-        for group in range(3):
-            for block in range((depth - 4) // 6):
-                outputs, stride = (16 << group) * width, 2 if group > 0 and block == 0 else 1
-                layers.append(NFResidualBlock(inputs, outputs, stride))
-                inputs = outputs
-        self.features = nn.Sequential(*layers, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(inputs, num_classes)
+        first = StandardisedConv(channels, 16 * width, 3, padding=1)
+        blocks = _three_groups(NFResidualBlock, first.out_channels, width, depth)
+        pooled = (nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.features = nn.Sequential(first, *blocks, *pooled)
+        self.head = nn.Linear(64 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
