@@ -69,6 +69,8 @@ def _check_training(args: Namespace) -> None:
             "--data-dir has no effect with --dataset digits: name another --dataset, "
             "--dataset folder for images of your own"
         )
+    if args.augment and args.shift:
+        raise UserError("--augment shifts too: set one of --augment and --shift to 0")
     if args.dry_run and args.resume:
         raise UserError("--dry-run keeps no file, so there is nothing for --resume to continue")
     if args.max_minutes and "epochs" not in args.given:
@@ -84,8 +86,6 @@ def _check_train_jem(args: Namespace) -> None:
                 "log p(x, y) contains log p(x)"
             )
         args.p_x_weight = 0.0
-    if args.augment and args.shift:
-        raise UserError("--augment shifts too: set one of --augment and --shift to 0")
     if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
         raise UserError(
             "--pretrain-epochs has no effect with --classifier or --from-scratch, "

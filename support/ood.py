@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
+from sgld_nrg.support.augment import add_noise
 from sgld_nrg.support.data import TORCHVISION, raw_images, torchvision_part
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.images import (
@@ -74,8 +75,7 @@ def _through_jpeg(images: Tensor) -> Tensor:
 
 
 def _noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
-    return (images + 0.04 * noise).clamp(-1, 1)
+    return add_noise(images, 0.04, generator).clamp(-1, 1)
 
 
 def _moved(images: Tensor, pixels: int) -> Tensor:

@@ -67,6 +67,7 @@ CASES = [
     *[(script, "--see 3", "unrecognized arguments: --see") for script in SCRIPTS],
     # flags that contradict each other
     ("train_jem", "--augment 1 --shift 2", "--shift"),
+    ("train_classifier", "--augment 1 --shift 2", "--shift"),
     ("train_jem", "--shift 8", "--shift 8 moves images of 8 pixels"),
     ("train_jem", "--p-x-weight 1 --p-xy-weight 1", "--p-xy-weight"),
     ("train_jem", "--from-scratch --classifier a.pt", "not allowed with"),

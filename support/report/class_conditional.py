@@ -63,9 +63,7 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     def cell(row: dict[str, Any]) -> str:
         return f"{percent(row['share'])} {interval(row['interval'], 100, 1)}"
 
-    judges = worse_first(
-        found["judges"], lambda judge: {"ratio_to_floor": -judge["changed"]["share"]}
-    )
+    judges = worse_first(found["judges"], lambda judge: -judge["changed"]["share"])
     rows = [[name, *map(cell, judge.values())] for name, judge in judges]
     header = ["judge", "own class", "of its starts", "another class", "of its starts"]
     return (

@@ -45,8 +45,8 @@ def measure(study: Study) -> dict[str, Any]:
 def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     """Return the section of report.md."""
 
-    def last(judge: dict[str, Any]) -> dict[str, Any]:
-        return list(judge["steps"].values())[-1]
+    def last(judge: dict[str, Any]) -> float:
+        return list(judge["steps"].values())[-1]["ratio_to_floor"]
 
     rows = []
     for name, judge in worse_first(found["judges"], last):

@@ -72,7 +72,9 @@ def measure(study: Study) -> dict[str, Any]:
 def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     """Return the section of report.md."""
     rows = []
-    for name, judge in worse_first(found["judges"], lambda judge: judge["kinds"]["fresh"]):
+    for name, judge in worse_first(
+        found["judges"], lambda judge: judge["kinds"]["fresh"]["ratio_to_floor"]
+    ):
         for kind, row in judge["kinds"].items():
             cells = [f"{row['frechet_distance']:.2f}", ratio(row)]
             cells += [f"{row[score]:.3f}" for score in ("precision", "recall")]

@@ -28,7 +28,7 @@ def ratio(row: dict[str, Any]) -> str:
 
 
 def worse_first(
-    judges: dict[str, dict[str, Any]], row_of: Callable[[dict[str, Any]], dict[str, Any]]
+    judges: dict[str, dict[str, Any]], badness: Callable[[dict[str, Any]], float]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return the judges' items, those that find the larger ratio in row_of(judge) first."""
-    return sorted(judges.items(), key=lambda item: -row_of(item[1])["ratio_to_floor"])
+    """Return the judges' items, those that find the larger badness first."""
+    return sorted(judges.items(), key=lambda item: -badness(item[1]))
