@@ -35,7 +35,7 @@ from sgld_nrg.support.flags import DATA_DIR
 from sgld_nrg.support.judges import judges
 from sgld_nrg.support.log import git_commit, package_versions, report_files
 from sgld_nrg.support.origin import check_same_data, data_dir_of, dataset_of
-from sgld_nrg.support.parallel import Alone, processes
+from sgld_nrg.support.parallel import Alone, over_cores, processes
 from sgld_nrg.support.report import (
     class_conditional,
     classification,
@@ -60,6 +60,8 @@ SECTIONS = {
     "long_chains": long_chains,
     "chains": mixing,
 }
+LONGEST_FIRST = ("robustness", "long_chains", "samples", "out_of_distribution", "classification")
+LONGEST_FIRST += tuple(name for name in SECTIONS if name not in LONGEST_FIRST)
 COMPARED = {"classifier": "classifier.pt", "control": "control.pt"}  # what may lie beside jem.pt
 
 
@@ -78,20 +80,20 @@ def evaluate(args: Namespace, device: torch.device, ranks: Alone) -> None:
     compared = {name: _compared(name, dataset, args) for name in COMPARED}
     found = {name: state for name, state in {**compared, "jem": checkpoint}.items() if state}
     models = {name: load_model(state, device).eval() for name, state in found.items()}
+    detectors = {name: state["detector"] for name, state in found.items() if "detector" in state}
     with ranks.first_on_each_node():  # here, so that a mistake is told before anything is measured
         ood = detection.ood_sets(dataset, args, sizes["ood"], device)
     with output_folder(args, ranks) as folder:
         place = folder / "judges" if args.dry_run else Path(args.judges)
         networks = judges(dataset, place, device, ranks, 3 if args.dry_run else None)
-        study = Study(args, sizes, device, dataset, checkpoint, models, networks, ood, folder)
+        study = Study(
+            args, sizes, device, dataset, checkpoint, models, networks, ood, folder, detectors
+        )
         if ranks.first:
             looks.record("python evaluate.py", args, dataset.name, "report")
-        found = {}
-        mine = list(SECTIONS)[ranks.rank :: ranks.count]
-        bar = tqdm(mine, disable=None if ranks.first else True)
-        for name in bar:
-            bar.set_description(name)
-            found[name] = SECTIONS[name].measure(study)
+        mine = LONGEST_FIRST[ranks.rank :: ranks.count]
+        work = over_cores(lambda name: SECTIONS[name].measure(study), mine, device)
+        found = dict(tqdm(work, "sections", len(mine), disable=None if ranks.first else True))
         gathered = ranks.gathered_at_first(found)
         if not ranks.first:
             return

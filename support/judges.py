@@ -108,21 +108,19 @@ def judges(
 ) -> dict[str, Any]:
     """Return the judges of a data set, {name: network in eval mode}, trained if not found.
 
-    They are looked for in `folder`, then in the project's own results/judges, by the data's
-    fingerprint; one that is trained here is kept in `folder`. most_iterations: of a training, for
-    a dry run; None: no limit.
+    They are looked for in `folder`, then in the project's own results/judges, by the training
+    images' fingerprint; one that is trained here is kept in `folder`. most_iterations: of a
+    training, for a dry run; None: no limit.
     """
     found = {}
-    stem = dataset.name
-    if stem == "folder":  # there may be judges of many
-        stem += "-" + dataset.origin["fingerprint"]["train"].split()[-1]
+    fingerprint = dataset.origin["fingerprint"]["train"]
     for name in JUDGES:
 
         def make(name: str = name) -> dict[str, Any]:
-            file = f"{stem}-{name}.pt"
+            file = f"{dataset.name}-{fingerprint.split()[-1]}-{name}.pt"
             for place in (folder, HERE / "results" / "judges"):
                 state = read_state(place / file)
-                if state and state["fingerprint"] == dataset.origin["fingerprint"]:
+                if state and state["fingerprint"]["train"] == fingerprint:
                     return state
             state = _train(name, dataset, device, most_iterations)
             folder.mkdir(parents=True, exist_ok=True)
@@ -172,5 +170,5 @@ def _train(
     accuracy = (predict(network, val.images).argmax(1) == val.labels).float().mean().item()
     print(f"judge {name}: validation accuracy {100 * accuracy:.2f} %", flush=True)
     state = network.state_dict()
-    weights = {key: v.half().cpu() if v.is_floating_point() else v for key, v in state.items()}
+    weights = {key: (v.half() if v.is_floating_point() else v).cpu() for key, v in state.items()}
     return {"model": weights, "fingerprint": dataset.origin["fingerprint"], "accuracy": accuracy}

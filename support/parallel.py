@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -155,6 +157,35 @@ def processes(device: torch.device) -> Iterator[Alone]:
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
         yield ranks
     distributed.destroy_process_group()  # not after an error: the others may not come
+
+
+def over_cores(
+    work: Callable[[str], Any], names: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, Any]]:
+    """Yield (name, work(name)) as they end: on a CPU in a process for each core, else by turns.
+
+    What works on many small arrays keeps two processes busy and two threads not. The processes are
+    forked, so that `work` need not be pickled, and take the names in turn, the longest work first.
+    """
+    count = min(torch.get_num_threads(), len(names))
+    if count < 2 or device.type != "cpu" or not sys.platform.startswith("linux"):
+        for name in names:
+            yield name, work(name)
+        return
+    context = multiprocessing.get_context("fork")
+    with context.Pool(count, _begin_on_core, (work,)) as pool:
+        yield from pool.imap_unordered(_on_core, names)
+
+
+def _begin_on_core(work: Callable[[str], Any]) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell
+    torch.set_num_threads(1)
+
+
+def _on_core(name: str) -> tuple[str, Any]:
+    return name, _work(name)
 
 
 def nth_seed(seed: int, number: int) -> int:

@@ -155,26 +155,30 @@ def save_confusion(matrix: list[list[int]], classes: Sequence[str], path: Path) 
     finish(figure, path)
 
 
-def save_score_histograms(scored: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Draw histograms of a model's OOD scores: a row for each set, a column for each score.
+def save_score_histograms(scored: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> None:
+    """Draw each set's distribution of each OOD score: a row of panels for each model.
 
-    scored: {set: {score: (N,) array}} with the test set first, in blue behind each other set.
+    scored: {model: {set: {score: (N,) array}}} with the test set first, which is blue and lowest.
+    A panel is as wide as the test set's scores and one and a half times that on either side; what
+    lies beyond is in the outermost bin.
     """
-    inside, *names = scored
-    figure, axes = panels_of(len(names), len(scored[inside]), 3.0, 1.25)
-    for row, name in enumerate(names):
-        for axis, (score, values) in zip(axes[row], scored[name].items(), strict=True):
-            both = (scored[inside][score], values)
-            low, high = min(map(min, both)), max(map(max, both))
-            edges = np.linspace(low, high if high > low else low + 1, 41)
-            for part, colour in zip(both, (DATA_COLOUR, CHAIN_COLOUR), strict=True):
-                axis.hist(part, bins=edges, density=True, color=colour, alpha=0.6)
-            axis.set(yticks=[])
-            if row == 0:
-                axis.set_title(score)
-        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    note = "score, high = out of distribution; blue: test set, vermilion: the set at the left"
-    figure.supxlabel(note, fontsize=9)
+    scores = list(next(iter(next(iter(scored.values())).values())))
+    most = max(map(len, scored.values()))
+    figure, axes = panels_of(len(scored), len(scores), 2.4, 0.8 + 0.22 * most)
+    for line, (model, sets) in zip(axes, scored.items(), strict=True):
+        for axis, score in zip(line, scores, strict=True):
+            for place, found in enumerate(sets.values()):
+                if not place:
+                    low, high = found[score].min(), found[score].max()
+                    margin = 1.5 * (high - low or 1.0)
+                    edges = np.linspace(low - margin, high + margin, 61)
+                counts = np.histogram(found[score].clip(edges[0], edges[-1]), edges)[0]
+                heights = place + 0.9 * counts / counts.max()
+                colour = CHAIN_COLOUR if place else DATA_COLOUR
+                axis.stairs(heights, edges, baseline=place, fill=True, color=colour)
+            axis.set(title=f"{model}: {score}", yticks=[])
+        line[0].set_yticks(np.arange(len(sets)) + 0.3, list(sets), fontsize=8)
+    figure.supxlabel("score, high = out of distribution; blue: the test set", fontsize=9)
     finish(figure, path)
 
 

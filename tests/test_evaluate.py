@@ -120,7 +120,7 @@ def test_the_markdown_shows_every_figure_and_no_raw_number_is_missing(report):
     text = (report / "report.md").read_text()
     figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     pictures = {path.name for path in report.iterdir() if path.suffix == ".png"}
-    assert set(figures) == pictures and len(figures) == 14
+    assert set(figures) == pictures and len(figures) == 12
     for name in figures:
         with Image.open(report / name) as picture:
             assert picture.size[0] > 100
@@ -282,7 +282,7 @@ def test_the_detector_is_judged_on_the_whole_test_set_and_disturbances_one_by_on
     seen = (digits, checkpoint, models, {}, ({}, {}, []), tmp_path)
     looked = study.Study(Namespace(seed=0), {"ood": 100}, CPU, *seen)
     found = unfamiliar.measure(looked)
-    p_values = looked.detectors["jem"].p_values(digits.test.images)
+    p_values = looked.detector("jem").p_values(digits.test.images)
     for alpha in unfamiliar.ALPHAS:
         share = (p_values <= alpha).double().mean().item()
         row = found["promises"][str(alpha)]["unfamiliar"]

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def few(digits):
     """A data set of 20 training images that no judge was trained on."""
     train = Split(*(values[:20] for values in digits.train))
-    origin = {**digits.origin, "fingerprint": {"train": "20 images"}}
+    origin = {**digits.origin, "fingerprint": {"train": "20 images, 1a2b"}}
     return digits._replace(train=train, origin=origin)
 
 
@@ -44,6 +44,10 @@ def equal(one, other):
     return all(torch.equal(*pair) for pair in pairs)
 
 
+def file_of(dataset, name):
+    return f"digits-{dataset.origin['fingerprint']['train'].split()[-1]}-{name}.pt"
+
+
 def test_the_digits_have_judges_of_two_families_that_can_read(digits, tmp_path, trainings):
     found = judges(digits, tmp_path / "none", CPU, Alone())
     assert tuple(found) == JUDGES == ("vgg", "convmixer") and not trainings
@@ -60,38 +64,43 @@ def test_a_judge_is_trained_once_for_its_data_and_found_by_their_fingerprint(
     folder = tmp_path / "made" / "judges"
     first = judges(few, folder, CPU, Alone())
     assert trainings == list(JUDGES)
-    assert {path.name for path in folder.iterdir()} == {"digits-vgg.pt", "digits-convmixer.pt"}
+    kept = {file_of(few, name): (folder / file_of(few, name)).read_bytes() for name in JUDGES}
+    assert {path.name for path in folder.iterdir()} == set(kept)
     again = judges(few, folder, CPU, Alone())
     assert trainings == list(JUDGES)
     assert all(equal(first[name], again[name]) for name in JUDGES)
-    other = few._replace(origin={"fingerprint": {"train": "other images"}})
+    other = few._replace(origin={"fingerprint": {"train": "20 images, 3c4d"}})
     judges(other, folder, CPU, Alone())
     assert trainings == 2 * list(JUDGES)
-    kept = read_state(folder / "digits-vgg.pt")
-    assert kept["fingerprint"] == {"train": "other images"} and 0 <= kept["accuracy"] <= 1
+    state = read_state(folder / file_of(other, "vgg"))
+    assert state["fingerprint"] == {"train": "20 images, 3c4d"} and 0 <= state["accuracy"] <= 1
+    assert all((folder / name).read_bytes() == before for name, before in kept.items())
+    test = {"train": few.origin["fingerprint"]["train"], "test": "others"}
+    judges(few._replace(origin={"fingerprint": test}), folder, CPU, Alone())
+    assert trainings == 2 * list(JUDGES)  # a judge knows the training images alone
     assert "judge vgg: validation accuracy" in capsys.readouterr().out
 
 
 def test_the_folder_that_is_named_comes_before_the_projects_own(digits, tmp_path, trainings):
     own = build_judge("vgg", 10, digits.shape)
     state = {"model": own.state_dict(), "fingerprint": digits.origin["fingerprint"]}
-    write_whole(tmp_path / "digits-vgg.pt", state)
+    write_whole(tmp_path / file_of(digits, "vgg"), state)
     found = judges(digits, tmp_path, CPU, Alone())
     assert equal(found["vgg"], own) and not trainings
 
 
 def test_a_damaged_judge_is_replaced(few, tmp_path, trainings):
     judges(few, tmp_path, CPU, Alone())
-    whole = (tmp_path / "digits-vgg.pt").read_bytes()
-    (tmp_path / "digits-vgg.pt").write_bytes(whole[:100])
+    whole = (tmp_path / file_of(few, "vgg")).read_bytes()
+    (tmp_path / file_of(few, "vgg")).write_bytes(whole[:100])
     judges(few, tmp_path, CPU, Alone())
-    assert trainings == [*JUDGES, "vgg"] and read_state(tmp_path / "digits-vgg.pt")
+    assert trainings == [*JUDGES, "vgg"] and read_state(tmp_path / file_of(few, "vgg"))
 
 
 def test_weights_are_kept_in_half_precision_and_judge_in_single(few, tmp_path):
     found = judges(few, tmp_path, CPU, Alone())
     for name, judge in found.items():
-        kept = read_state(tmp_path / f"digits-{name}.pt")["model"]
+        kept = read_state(tmp_path / file_of(few, name))["model"]
         floats = {value.dtype for value in kept.values() if value.is_floating_point()}
         assert floats == {torch.float16}
         assert {weight.dtype for weight in judge.parameters()} == {torch.float32}

@@ -121,6 +121,35 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_work_over_cores_gives_what_it_gives_by_turns(cores, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    images = {
+        name: torch.rand(50, 30, generator=generator(len(name))) for name in ["a", "bb", "ccc"]
+    }
+
+    def work(name):  # not to be pickled, and with a gradient, which forked processes may not have
+        x = images[name].requires_grad_(True)
+        (gradient,) = torch.autograd.grad((x @ x.t()).square().sum(), x)
+        return {"sum": float(gradient.sum()), "process": os.getpid()}
+
+    by_turns = {name: work(name)["sum"] for name in images}
+    found = dict(parallel.over_cores(work, list(images), torch.device("cpu")))
+    assert {name: row["sum"] for name, row in found.items()} == pytest.approx(by_turns)
+    forked = sys.platform.startswith("linux") and cores > 1
+    assert all((row["process"] == os.getpid()) != forked for row in found.values())
+
+
+def test_an_error_in_work_over_cores_is_the_parents(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def work(name):
+        raise errors.UserError(f"no {name}")
+
+    with pytest.raises(errors.UserError, match="no b"):
+        list(parallel.over_cores(work, ["b", "b"], torch.device("cpu")))
+
+
 def test_processes_share_reduce_gather_and_send(tmp_path):
     place, members = meeting_place(), []
     for rank in ("0", "1"):

@@ -90,7 +90,7 @@ def measure(study: Study) -> dict[str, Any]:
     train = study.dataset.train.images[: study.sizes["ood"]]
     for model_name, model in study.models.items():
         median = marginal_energy(predict(model, train)).median().item()
-        detector = study.detectors[model_name]
+        detector = study.detector(model_name)
         inside = ood_scores(detector, test, median)
         outside = {label: ood_scores(detector, images, median) for label, images in sets.items()}
         scored[model_name] = {INSIDE: inside, **outside}
@@ -108,8 +108,7 @@ def measure(study: Study) -> dict[str, Any]:
             }
             for label, scores in outside.items()
         }
-    for model_name, by_set in scored.items():
-        plots.save_score_histograms(by_set, study.folder / f"ood-histograms-{model_name}.png")
+    plots.save_score_histograms(scored, study.folder / "ood-histograms.png")
     plots.save_roc_curves(scored, study.folder / "ood-roc.png")
     return {"sets": described, "skipped": skipped, "results": results}
 
@@ -129,9 +128,6 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             for name in found["sets"]
         ]
         tables.append(f"### {score}\n\n{table(['set', *models], rows)}")
-    figures = [
-        f"![Histograms of the scores of the {name}](ood-histograms-{name}.png)" for name in models
-    ]
     lines = [f"- {name}: {what}" for name, what in found["sets"].items()]
     lines += [f"- skipped: {line}" for line in found["skipped"]]
     return "\n\n".join(
@@ -143,7 +139,7 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             "typicality its distance from the training images' median, max_prob minus the largest "
             "softmax probability, grad_norm ‖∂E/∂x‖.",
             *tables,
-            *figures,
+            "![Histograms of the scores](ood-histograms.png)",
             "![ROC curves](ood-roc.png)",
             "\n".join(lines),
         ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ PRECISION = "float32"  # of every measurement but the chains, which run as in tr
 FULL: dict[str, Any] = {
     "ood": 2500,
     "attacked": 1000,
-    "attack_steps": 75,
+    "attack_steps": 50,
     "random_starts": 1,
     "targets": 2,
     "epsilons": {  # pixels on [0, 1]; the first is that of papers on MNIST and on CIFAR-10
@@ -52,7 +51,7 @@ FULL: dict[str, Any] = {
     "resamples": 100,
 }
 QUICK: dict[str, Any] = {
-    "ood": 500,
+    "ood": 300,
     "attacked": 100,
     "attack_steps": 10,
     "random_starts": 1,
@@ -106,7 +105,7 @@ class Study:
     models: {"classifier": the one it started from, "control": the same network with the same
     attacks and augmentation and no density, "jem"}, the first two only if there are any. judges:
     {name: classifier whose features judge samples}. ood: what `detection.ood_sets` returned.
-    folder: where figures go.
+    folder: where figures go. kept_detectors: {model: what its checkpoint keeps of a detector}.
     """
 
     args: Namespace
@@ -118,17 +117,13 @@ class Study:
     judges: dict[str, Any]
     ood: tuple[dict[str, Tensor], dict[str, str], list[str]]
     folder: Path
+    kept_detectors: dict[str, Any] = field(default_factory=dict)
 
-    @functools.cached_property
-    def detectors(self) -> dict[str, Detector]:
-        """Each model's detector: the one that its training left, or one fitted alike."""
-        kept = self.checkpoint.get("detector")
-        return {
-            name: Detector.from_state(model, kept)
-            if kept and name == "jem"
-            else detector_for(model, self.dataset)
-            for name, model in self.models.items()
-        }
+    def detector(self, name: str) -> Detector:
+        """Return a model's detector: the one that its training left, or one fitted alike."""
+        if name in self.kept_detectors:
+            return Detector.from_state(self.models[name], self.kept_detectors[name])
+        return detector_for(self.models[name], self.dataset)
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Return a generator on the device, seeded by --seed."""

@@ -23,7 +23,7 @@ def measure(study: Study) -> dict[str, Any]:
     of disturbed test images that is called unfamiliar at DISTURBED.
     """
     images, labels = (part.cpu() for part in study.dataset.test)
-    detector = study.detectors["jem"]
+    detector = study.detector("jem")
     verdicts = detector.verdicts(images)
     truth = labels[:, None]
     promises = {}
