@@ -174,32 +174,45 @@ def _load_mnist(data_dir: str | Path) -> Dataset:
 
 
 def _mnist_part(data_dir: str | Path, train: bool) -> Part:
-    """Load MNIST's training or test images as bytes, downloading them if they are missing."""
-    from torchvision.datasets import MNIST
+    """Load MNIST's training or test images as bytes, downloading them if they are missing.
 
-    raw = Path(data_dir, "MNIST", "raw")
-    if not all((raw / name.removesuffix(".gz")).is_file() for name, _ in MNIST.resources):
-        try:
-            MNIST(data_dir, download=True)
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"MNIST is not under {str(data_dir)!r} and its download failed "
-                f"({first_line(error)}): name the folder that holds MNIST/raw with --data-dir or "
-                "SGLD_NRG_DATA, or use --dataset digits, which needs no download"
-            ) from error
+    Read here and not by torchvision, whose import takes as long as all the rest of it.
+    """
+    name, count = ("train", 60_000) if train else ("t10k", 10_000)
+    kinds = {"images-idx3-ubyte": (16, 28 * 28), "labels-idx1-ubyte": (8, 1)}  # header, bytes each
+    files = [Path(data_dir, "MNIST", "raw", f"{name}-{kind}") for kind in kinds]
+    if not all(file.is_file() for file in files):
+        _download_mnist(data_dir)
     damaged = UserError(
         f"the MNIST files under {str(data_dir)!r} are damaged: "
         "delete the folder MNIST there and run again to download them"
     )
-    try:
-        part = MNIST(data_dir, train=train)
-    except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:
-        raise damaged from error  # what its reader raises for broken files
-    count = 60000 if train else 10000
-    every_class = part.targets.unique().tolist() == list(range(10))
-    if part.data.shape != (count, 28, 28) or part.targets.shape != (count,) or not every_class:
+    parts = []
+    for file, (header, each) in zip(files, kinds.values(), strict=True):
+        try:
+            values = np.fromfile(file, np.uint8)
+        except OSError as error:
+            raise damaged from error
+        if len(values) != header + count * each:
+            raise damaged
+        parts.append(values[header:])
+    images, labels = parts[0].reshape(count, 28, 28), parts[1]
+    if np.unique(labels).tolist() != list(range(10)):
         raise damaged
-    return Part(part.data.unsqueeze(1), part.targets, _marks(part.data.numpy()))
+    return Part(torch.tensor(images).unsqueeze(1), torch.tensor(labels).long(), _marks(images))
+
+
+def _download_mnist(data_dir: str | Path) -> None:
+    from torchvision.datasets import MNIST
+
+    try:
+        MNIST(data_dir, download=True)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"MNIST is not under {str(data_dir)!r} and its download failed "
+            f"({first_line(error)}): name the folder that holds MNIST/raw with --data-dir or "
+            "SGLD_NRG_DATA, or use --dataset digits, which needs no download"
+        ) from error
 
 
 def _load_torchvision(name: str, data_dir: str | Path) -> Dataset:

@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from sgld_nrg.support.pixels import to_unit
 
+GREY = 127  # between the pictures of a grid
 DATA_COLOUR, CHAIN_COLOUR, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MODEL_COLOURS = {"jem": CHAIN_COLOUR, "classifier": DATA_COLOUR, "control": "#009E73"}
@@ -69,9 +67,17 @@ def save_animation(frames: list[Tensor], path: Path, columns: int = 8) -> None:
 
 def _grid(images: Tensor, columns: int) -> Image.Image:
     scale = -(-28 // images.shape[-1])
-    unit = to_unit(images.float().cpu())
-    enlarged = interpolate(unit, scale_factor=scale, mode="nearest")
-    return to_pil_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5))
+    pixels = (to_unit(images.float().cpu()) * 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    columns = min(columns, len(pixels))
+    blank, gap = -len(pixels) % columns, 2
+    sides = ((0, blank), (gap, 0), (gap, 0), (0, 0))
+    tiles = np.pad(pixels, sides, constant_values=GREY)  # (N, H, W, C), the gap above and left
+    tiles[len(pixels) :] = GREY
+    rows = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)
+    grid = rows.reshape(len(rows) * rows.shape[1], -1, rows.shape[-1])
+    grid = np.pad(grid, ((0, gap), (0, gap), (0, 0)), constant_values=GREY)
+    return Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).convert("RGB")
 
 
 def _with_names(picture: Image.Image, names: Sequence[str]) -> Image.Image:
