@@ -22,11 +22,10 @@ from sgld_nrg.support.checkpoints import read_state, write_whole
 from sgld_nrg.support.data import Dataset
 from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.parser import HERE
-from sgld_nrg.support.presets import OF_DATASET
 
 JUDGES = ("vgg", "convmixer")  # recipes are chosen by the first
 SEED = 1_000_003  # of their weights and batches: no training of a model uses it
-MIRRORED = [name for name, preset in OF_DATASET.items() if preset["flip_prob"]]
+MIRRORED = ("cifar10", "cifar100")  # no recipe's flag decides it: judges do not move with recipes
 
 
 class VGG(nn.Module):
