@@ -24,9 +24,9 @@ from sgld_nrg.support.restarts import UniformRestart, compact, restart_from_stat
 
 FLAGS = (
     flags.CHECKPOINT,
-    flag("--directions", positive_int, "of the basis that all Gaussians share", 80),
-    flag("--rank", positive_int, "directions of each Gaussian, at most", 10),
-    flag("--chains", positive_int, "chains of the replay buffer", 100),
+    flag("--directions", positive_int, "of the basis that all Gaussians share", 150),
+    flag("--rank", positive_int, "directions of each Gaussian, at most", 14),
+    flag("--chains", positive_int, "chains of the replay buffer", 50),
     flag("--out", str, "checkpoint to write", metavar="FILE", required=True),
 )
 

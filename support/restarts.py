@@ -196,8 +196,8 @@ def restart_from_state(state: dict[str, Any], device: torch.device | str = "cpu"
 
 
 def compact(restart: GaussianRestart, directions: int, rank: int) -> dict[str, Any]:
-    """Return a state_dict of a twentieth of the size, from which `restart_from_state` makes nearly
-    the same distribution: all Gaussians in one common basis, in eight-bit numbers.
+    """Return a state_dict of a fortieth of the size, from which `restart_from_state` makes nearly
+    the same distribution: all Gaussians in one common basis, in numbers of four and eight bits.
 
     directions: of the basis, the leading ones of means and factors together, weighted as they are
     drawn. rank: directions of each Gaussian, those of largest variance.
@@ -209,21 +209,37 @@ def compact(restart: GaussianRestart, directions: int, rank: int) -> dict[str, A
     parts = torch.cat([mean[:, :, None], factor], dim=2) * weights.sqrt()[:, None, None]
     joined = parts.transpose(0, 1).flatten(1)
     basis = torch.linalg.eigh(joined @ joined.T)[1][:, -directions:]  # (D, directions)
-    state = restart.state_dict() | {"basis": basis.half()}
-    for name, values in (("mean", mean[:, :, None]), ("factor", factor)):
-        inside = basis.T @ values  # (K C, directions, 1 or rank)
-        scale = inside.abs().amax(1, keepdim=True).clamp_min(1e-9) / 127
-        state |= {name: (inside / scale).round().to(torch.int8), f"{name}_scale": scale.half()}
+    inside = {"mean": basis.T @ mean[:, :, None], "factor": basis.T @ factor}
+    state = restart.state_dict()
+    for name, values, largest in (
+        ("basis", basis[None], 127),
+        ("mean", inside["mean"], 127),  # (K C, directions, 1)
+        ("factor", inside["factor"], 7),  # (K C, directions, rank)
+    ):
+        scale = values.abs().amax(1, keepdim=True).clamp_min(1e-9) / largest
+        state |= {name: (values / scale).round().to(torch.int8), f"{name}_scale": scale.half()}
+    state["factor"] = _packed(state["factor"])
     return state
 
 
 def _expanded(state: dict[str, Any]) -> dict[str, Any]:
     """Return the means and factors of what `compact` made."""
-    basis = state["basis"].float()
-    parts = {
-        name: state[name].float() * state[f"{name}_scale"].float() for name in ("mean", "factor")
-    }
-    return {**state, "mean": (basis @ parts["mean"]).squeeze(2), "factor": basis @ parts["factor"]}
+    state = {**state, "factor": _unpacked(state["factor"])[..., : state["factor_scale"].shape[2]]}
+    basis, mean, factor = (
+        state[name].float() * state[f"{name}_scale"].float() for name in ("basis", "mean", "factor")
+    )
+    return {**state, "mean": (basis @ mean).squeeze(2), "factor": basis @ factor}
+
+
+def _packed(values: Tensor) -> Tensor:
+    """Return integers (..., n) in -8..7 two to a byte, (..., ceil(n / 2)) uint8."""
+    even = torch.nn.functional.pad(values, (0, values.shape[-1] % 2)) + 8
+    return (even[..., ::2] * 16 + even[..., 1::2]).to(torch.uint8)
+
+
+def _unpacked(pairs: Tensor) -> Tensor:
+    """Return the integers that `_packed` was given, and a 0 more if they were odd."""
+    return torch.stack([pairs // 16, pairs % 16], dim=-1).flatten(-2).to(torch.int8) - 8
 
 
 def clusters(images: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:

@@ -171,6 +171,13 @@ def test_clusters_cut_a_class_by_what_its_images_look_like():
     assert len(parts[:206].unique()) == 4 and len(parts[-4:].unique()) == 1
 
 
+def test_small_integers_are_packed_two_to_a_byte():
+    values = torch.randint(-8, 8, (3, 4, 5), generator=generator()).to(torch.int8)
+    packed = restarts._packed(values)
+    assert packed.shape == (3, 4, 3) and packed.dtype == torch.uint8
+    assert torch.equal(restarts._unpacked(packed)[..., :5], values)
+
+
 def test_a_compact_restart_draws_nearly_the_same_and_is_a_fraction_of_the_size():
     basis = torch.linalg.qr(torch.randn(100, 12, generator=generator()))[0]
     mean = torch.randn(6, 12, generator=generator(1)) @ basis.T / 3
@@ -181,12 +188,12 @@ def test_a_compact_restart_draws_nearly_the_same_and_is_a_fraction_of_the_size()
     state = restarts.compact(restart, directions=12, rank=3)
     again = restart_from_state(state)
     assert torch.equal(again.weights, weights) and again.shape == (1, 10, 10)
-    assert (again.mean - mean).abs().max() < 0.01 * mean.abs().max()
+    assert (again.mean - mean).abs().max() < 0.02 * mean.abs().max()
     spread, wanted = (f @ f.transpose(1, 2) for f in (again.factor, factor))
-    assert (spread - wanted).norm() < 0.02 * wanted.norm()
+    assert (spread - wanted).norm() < 0.2 * wanted.norm()
     labels = torch.tensor([0, 1]).repeat(50)
     near, full = again.draw(labels, generator(3)), restart.draw(labels, generator(3))
-    assert (near - full).abs().max() < 0.05  # of the same label, part and place
+    assert (near - full).abs().max() < 0.1  # of the same label, part and place
     few = restart_from_state(restarts.compact(restart, directions=12, rank=1))
     assert few.factor.shape == (6, 100, 1)
     strongest = factor.square().sum(1).amax(1)
