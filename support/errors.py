@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sgld_nrg.support.signals import orderly
+
 SECONDS_TO_SAY_WHY = 2
 
 
@@ -54,7 +56,8 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
         if isinstance(sys.stdout, io.TextIOWrapper):  # names may be beyond a terminal's letters
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            with orderly():
+                return main(*args, **kwargs)
         except UserError as error:
             say, exit_code = f"error: {error}", 2
         except (

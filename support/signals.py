@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first waits for the end of the iteration, a later one kills."""
+"""Ctrl-C and SIGTERM: in a training the first waits for the end of the iteration, a later kills."""
 
 from __future__ import annotations
 
@@ -39,3 +39,20 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def orderly() -> Iterator[None]:
+    """Let SIGTERM end the block by SystemExit, so that it can end the processes that it started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

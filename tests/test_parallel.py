@@ -121,6 +121,38 @@ def whole(tmp_path_factory):
     return folder
 
 
+LONG_WORK = """
+import os, time, torch
+from sgld_nrg.support import errors, parallel
+
+def work(name):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+@errors.exits_cleanly
+def main():
+    torch.set_num_threads(2)
+    list(parallel.over_cores(work, ["a", "b"], torch.device("cpu")))
+
+main()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is forked here")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_work_on_all_cores(number, code):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", LONG_WORK], text=True, **pipes)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    assert process.pid not in workers
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == code and "Traceback" not in said
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_work_over_cores_gives_what_it_gives_by_turns(cores, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
