@@ -174,15 +174,26 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     return cross_entropy(logits, labels).item(), accuracy.item()
 
 
+def look_at_test(script: str, args: Namespace, setup: Setup, checkpoint: Checkpoint) -> None:
+    """Print the accuracy on the test set, a look that is counted, unless with --no-test.
+
+    script: as on the command line.
+    """
+    if args.no_test:
+        return
+    if setup.ranks.first:
+        looks.record(script, args, args.dataset, "accuracy after training")
+    _, accuracy = evaluate(load_model(checkpoint, setup.device), setup.dataset.test)
+    print(f"test accuracy: {100 * accuracy:.2f} %")
+
+
 @exits_cleanly
 def main(args: Namespace) -> None:
     """Run the script with what `parse` returned."""
     with set_up(args, "classifier") as (setup, resumed):
         checkpoint = train(args, setup, resumed, args.max_minutes)
-        _, accuracy = evaluate(load_model(checkpoint, setup.device), setup.dataset.test)
         report_files(args, [setup.folder / name for name in OUTPUTS])
-        looks.record("python train_classifier.py", args, args.dataset, "accuracy after training")
-        print(f"test accuracy: {100 * accuracy:.2f} %")
+        look_at_test("python train_classifier.py", args, setup, checkpoint)
 
 
 if __name__ == "__main__":

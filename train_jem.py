@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from sgld_nrg import train_classifier
-from sgld_nrg.models import joint_energy, load_model, marginal_energy, predict
+from sgld_nrg.models import joint_energy, marginal_energy, predict
 from sgld_nrg.sgld import Langevin
-from sgld_nrg.support import looks
 from sgld_nrg.support.attacks import single_step
 from sgld_nrg.support.augment import add_noise, augmented, recast
 from sgld_nrg.support.checkpoints import Checkpoint
@@ -407,11 +406,8 @@ def main(args: Namespace) -> None:
         elif not resumed:
             classifier = train_classifier.pretrained(args, setup)["model"]
         checkpoint = train(args, setup, classifier, resumed)
-        model = load_model(checkpoint, setup.device)
-        _, accuracy = train_classifier.evaluate(model, setup.dataset.test)
         report_files(args, [setup.folder / name for name in OUTPUTS])
-        looks.record("python train_jem.py", args, args.dataset, "accuracy after training")
-        print(f"test accuracy: {100 * accuracy:.2f} %")
+        train_classifier.look_at_test("python train_jem.py", args, setup, checkpoint)
         if not args.dry_run:
             path = shlex.quote(str(setup.folder / "jem.pt"))
             print(f"next: python sample.py --checkpoint {path}")

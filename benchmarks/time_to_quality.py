@@ -123,7 +123,7 @@ def train(
     }
     if args.dataset != "digits":  # which come with scikit-learn
         flags_of_run["--data-dir"] = args.data_dir
-    words = [str(word) for pair in flags_of_run.items() for word in pair]
+    words = ["--no-test", *(str(word) for pair in flags_of_run.items() for word in pair)]
     command = [sys.executable, str(HERE / "train_jem.py"), *words, *shlex.split(more)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     checkpoint, kept, seen, last = folder / "jem.pt", [], None, time.monotonic()

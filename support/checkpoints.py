@@ -39,6 +39,7 @@ NEW_FLAGS: dict[str, Any] = {
     "channel_axis": None,
     "background": "white",
     "other_data": False,
+    "no_test": False,
     "shift": 0,
     "outlier_weight": 0.0,
     "outlier_share": 0.125,
@@ -126,7 +127,7 @@ def open_checkpoint(path: Path, args: Namespace, ranks: Alone) -> Checkpoint | N
         if name not in saved:
             raise _other_version(path, name, "without")
     free = {"resume", "overwrite", "dry_run", "device", "data_dir", "out_dir", "tensorboard"}
-    free |= {"other_data"}
+    free |= {"other_data", "no_test"}
     length = {"epochs", "max_minutes"}
     free |= length if length & args.given else set()
     for name, value in saved.items():

@@ -25,6 +25,7 @@ from sgld_nrg.support.metrics import fit_temperature
 
 LEVELS = (5, 9, 17, 33)  # of grey that pictures may be rounded to, the fewest first
 SAME_CLASS = 0.99  # share of images whose class must outlive the rounding
+ROUNDED = 1000  # images that say so
 PATTERN_LEVELS = LEVELS[0]  # of the picture whose entropy is taken
 MOST_LOGITS = 16  # of so many classes every logit is a quantity, of more the two largest
 MOST_REFERENCE = 6000  # images that the mixture is fitted to
@@ -262,7 +263,7 @@ class Detector:
             first, second = torch.randperm(len(images), generator=_generator()).tensor_split(2)
             reference, images = images[first], images[second]
             labels = None if labels is None else labels[second]
-        levels = _fewest_levels(model, reference)
+        levels = _fewest_levels(model, reference[:ROUNDED])
         values, classes = quantities(model, reference, levels)
         logits = predict(model, images, BATCH_SIZE).double().cpu()
         mixture = Mixture.fit(values, classes, logits.shape[1])

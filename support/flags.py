@@ -256,6 +256,7 @@ RUN = (
     OTHER_DATA,
     flag("--save-minutes", positive, "minutes between checkpoints besides each epoch's", 1.0),
     flag("--save-iterations", positive_int, "iterations between checkpoints, besides minutes"),
+    flag("--no-test", bool, "do not look at the test set at the end, for runs to choose among"),
     flag("--tensorboard", bool, "also write scalars, grids and histograms for TensorBoard"),
     Either(
         (

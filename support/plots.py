@@ -196,7 +196,7 @@ def save_roc_curves(scored: dict[str, dict[str, dict[str, np.ndarray]]], path: P
     from sklearn.metrics import roc_curve
 
     scores = list(next(iter(next(iter(scored.values())).values())))
-    figure, axes = panels_of(len(scored), len(scores), 3.0, 2.6)
+    figure, axes = panels_of(len(scored), len(scores), 2.6, 2.4, shared=True)
     for line, (model, sets) in zip(axes, scored.items(), strict=True):
         inside, *names = sets
         for axis, score in zip(line, scores, strict=True):
@@ -207,8 +207,10 @@ def save_roc_curves(scored: dict[str, dict[str, dict[str, np.ndarray]]], path: P
                 turn, number = divmod(index, len(SERIES_COLOURS))
                 style = {"color": SERIES_COLOURS[number], "linestyle": ("-", "--", ":")[turn % 3]}
                 axis.plot(*rates, **style, label=name, linewidth=1.2)
-            axis.set(title=f"{model}: {score}")
-            axis.set(xlabel="test images flagged", ylabel="other images flagged")
+            axis.set_title(f"{model}: {score}")
+        line[0].set_ylabel("other images flagged")
+    for axis in axes[-1]:
+        axis.set_xlabel("test images flagged")
     legend(figure, axes, ncols=5)
     finish(figure, path)
 
@@ -276,14 +278,19 @@ def save_chains(
     finish(figure, path)
 
 
-def panels_of(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure and its axes (rows, columns), each panel width x height inches."""
+def panels_of(
+    rows: int, columns: int, width: float, height: float, shared: bool = False
+) -> tuple[Any, Any]:
+    """Return a figure and its axes (rows, columns), each panel width x height inches.
+
+    shared: whether all panels have the same axes, whose numbers then stand at the outer ones.
+    """
     import matplotlib  # here: a training draws no figure in its first seconds
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # of the user's names, $ is a dollar
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
 
 
 def legend(figure: Any, axes: Any, ncols: int) -> None:

@@ -330,6 +330,13 @@ def test_the_test_accuracy_is_told_and_the_classifier_that_is_named_is_used(
     assert not (folder / "classifier.pt").exists()
 
 
+def test_a_run_to_choose_among_does_not_look_at_the_test_set(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SGLD_NRG_LOOKS", str(tmp_path / "looks.csv"))
+    run("train_jem", *SHORT, "--no-test", "--pretrain-epochs", 1, "--out-dir", tmp_path / "run")
+    assert "test accuracy" not in capsys.readouterr().out
+    assert not (tmp_path / "looks.csv").exists()
+
+
 def test_a_classifier_that_was_pretrained_serves_runs_of_the_same_flags_alone(tmp_path, capsys):
     command = [*SHORT, "--pretrain-epochs", 1, "--out-dir", tmp_path]
     path, jem = tmp_path / "classifier.pt", tmp_path / "jem.pt"
