@@ -60,8 +60,8 @@ SECTIONS = {
     "long_chains": long_chains,
     "chains": mixing,
 }
-LONGEST_FIRST = ("robustness", "long_chains", "samples", "out_of_distribution", "classification")
-LONGEST_FIRST += tuple(name for name in SECTIONS if name not in LONGEST_FIRST)
+LONG = ("robustness", "long_chains", "samples", "out_of_distribution", "classification")
+LONGEST_FIRST = (*LONG, *(name for name in SECTIONS if name not in LONG))
 COMPARED = {"classifier": "classifier.pt", "control": "control.pt"}  # what may lie beside jem.pt
 
 

@@ -81,6 +81,7 @@ def _noisy(images: Tensor, std: float, generator: torch.Generator) -> Tensor:
     return (images + std * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
 
 
+COLUMNS = ("model", "judged", "kind", "set", "auroc", "unfamiliar")
 STRANGE: dict[str, Made] = {
     "drawn": _drawn,
     "transposed": lambda x, g: x.transpose(2, 3),
@@ -148,12 +149,13 @@ def main(args: Namespace) -> None:
                 scores = score(images)
                 share = (ranks.p_values(scores) < ALPHA).double().mean().item()
                 auroc = detection(inside, scores)["auroc"]
-                rows.append((name, judged, key, f"{auroc:.4f}", f"{share:.4f}"))
-            mean = np.mean([float(row[3]) for row in rows[-len(made) :][: len(STRANGE)]])
+                kind = "strange" if key in STRANGE else "ordinary"
+                rows.append((name, judged, kind, key, f"{auroc:.4f}", f"{share:.4f}"))
+            mean = np.mean([float(row[4]) for row in rows[-len(made) :][: len(STRANGE)]])
             print(f"{name}: {judged}: mean AUROC {mean:.4f}", flush=True)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(args.out)) as file:
-        csv.writer(file).writerows([("model", "judged", "set", "auroc", "unfamiliar"), *rows])
+        csv.writer(file).writerows([COLUMNS, *rows])
 
 
 if __name__ == "__main__":

@@ -177,6 +177,9 @@ def over_cores(
         yield from pool.imap_unordered(_on_core, names)
 
 
+_work: Callable[[str], Any]  # of a forked process
+
+
 def _begin_on_core(work: Callable[[str], Any]) -> None:
     global _work
     _work = work
