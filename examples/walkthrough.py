@@ -1,31 +1,37 @@
-"""From a classifier to a joint energy-based model, cell by cell, on the digits: a minute or two.
+"""From a classifier to a joint energy-based model, cell by cell, on the digits: about a minute.
 
     python examples/walkthrough.py
 
-A plain script whose cells (# %%) an editor or Jupyter runs one by one. It writes its pictures to
+A plain script whose cells (# %%) an editor or Jupyter runs one by one; walkthrough.ipynb is the
+same with its pictures, made by make_notebook.py. It writes its grids of images to
 results/walkthrough, or to the folder in OUT; ITERATIONS in the environment shortens or lengthens
 the two trainings.
 """
 
 # %% [markdown]
-# What is needed: the project's own objects, which `pip install .` makes importable anywhere.
+# # A classifier that is also a density
+# This tour trains one small network on 1,797 handwritten digits, and then uses it to classify, to
+# generate, to spot unfamiliar pictures and to clean noisy ones. It takes about a minute on one core
+# and downloads nothing. `pip install .` in the project's folder makes `sgld_nrg` importable.
 
 # %%
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from sgld_nrg import (
+    Detector,
     GaussianRestart,
     Langevin,
     ReplayBuffer,
     UniformRestart,
     energy_loss,
     energy_regulariser,
-    joint_energy,
     marginal_energy,
     run_chains,
 )
@@ -33,21 +39,52 @@ from sgld_nrg.models import build_model, energy_of, predict
 from sgld_nrg.support import data, metrics, plots
 from sgld_nrg.support.ood import load_ood
 
-ITERATIONS = int(os.environ.get("ITERATIONS", "1500"))
+ITERATIONS = int(os.environ.get("ITERATIONS", "300"))
 OUT = Path(os.environ.get("OUT", "results/walkthrough"))
 OUT.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 generator = torch.Generator().manual_seed(0)
 
 # %% [markdown]
-# 1,797 digits of 8x8 pixels, pixels on [-1, 1].
+# ## The data
+# Each image is 8x8, its pixels between -1 (black) and 1 (white). The test images take no part in
+# any training below.
+
 
 # %%
+def show(images: Tensor, title: str, rows: Sequence[str] = (), name: str = "") -> None:
+    """Show images (N, 1, H, W) in rows of 16, or in those named; with a name, write the grid too.
+
+    N must fill the rows.
+    """
+    columns = len(images) // len(rows) if rows else 16
+    tiles = pad(images[:, 0], (1, 0, 1, 0)).unflatten(0, (-1, columns))  # (rows, columns, H, W)
+    picture = pad(tiles.transpose(1, 2).flatten(2).flatten(0, 1), (0, 1, 0, 1))
+    height, width = picture.shape
+    size = (7, 7 * height / width + 0.4)
+    _, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1)
+    pitch = (height - 1) / len(tiles)
+    axis.set_yticks([pitch * (row + 0.5) for row in range(len(rows))], rows, fontsize=9)
+    axis.set(xticks=[], title=title)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    if name:
+        plots.save_grid(images, OUT / f"{name}.png", columns)
+
+
 digits = data.load("digits", "unused")
-sizes = len(digits.train.labels), len(digits.test.labels)
-print(f"{sizes[0]} images to train on, {sizes[1]} to test on, shape {digits.shape}")
+sizes = len(digits.train.labels), len(digits.val.labels), len(digits.test.labels)
+print("{} images to train on, {} to calibrate with, {} to test on".format(*sizes))
+show(digits.train.images[:64], "training images")
+
+# %% [markdown]
+# ## A classifier
+# The network turns an image x into ten numbers f(x), the logits, one for each class. Trained with
+# the usual cross-entropy, it tells the digits apart.
 
 
+# %%
 def batch(size: int = 64) -> tuple[Tensor, Tensor]:
     """Draw training images (size, 1, 8, 8) with a little noise, and their labels."""
     chosen = torch.randint(len(digits.train.labels), (size,), generator=generator)
@@ -55,52 +92,86 @@ def batch(size: int = 64) -> tuple[Tensor, Tensor]:
     return images + 0.05 * torch.randn(images.shape, generator=generator), labels
 
 
-# %% [markdown]
-# ## A classifier
-# Any network that gives logits f(x). Nothing here knows of energies yet.
-
-# %%
 model = build_model("small-cnn", num_classes=10, channels=1, image_size=8, width=32, depth=2)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-for _ in range(ITERATIONS // 4):
+for _ in range(ITERATIONS):
     images, labels = batch()
     loss = cross_entropy(model(images), labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
-logits = predict(model, digits.test.images)
-accuracy = (logits.argmax(1) == digits.test.labels).float().mean()
-print(f"classifier: {100 * accuracy:.1f} % of the test digits")
+plain_logits = predict(model, digits.test.images)
+accuracy = (plain_logits.argmax(1) == digits.test.labels).float().mean()
+print(f"classifier: {100 * accuracy:.1f} % of the test digits are read rightly")
 
 # %% [markdown]
-# ## ... which is secretly an energy-based model
-# E(x) = -logsumexp f(x). Low energy means likely: if the classifier were a density model, digits
-# would lie lower than noise, and chains that descend E would turn into digits. Neither holds:
-# nobody has asked it of the network.
+# ## The energy of a classifier
+# The same logits give every image an energy, E(x) = -logsumexp f(x), and with it a density in
+# proportion to exp(-E(x)). **Low energy means likely.** Digits here happen to lie lower than noise,
+# though nothing in the training asked for it.
+
 
 # %%
-noise = UniformRestart(digits.shape, 10).draw(digits.test.labels, generator)
-of_digits, of_noise = marginal_energy(logits), marginal_energy(predict(model, noise))
-print(f"energy of digits {of_digits.mean():.1f}, of noise {of_noise.mean():.1f}")
+def show_energies(energies: dict[str, Tensor], title: str) -> None:
+    """Draw a histogram of each set's energies, all with the same bins, the digits' in blue."""
+    _, axis = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    together = torch.cat(list(energies.values()))
+    bins = torch.linspace(float(together.min()), float(together.max()), 61).tolist()
+    for (name, values), colour in zip(energies.items(), plots.SERIES_COLOURS, strict=False):
+        axis.hist(values.tolist(), bins, color=colour, alpha=0.5, label=name)
+    axis.set(title=title, xlabel="energy E(x), low = likely", ylabel="images")
+    axis.legend(fontsize=8)
 
+
+noise = UniformRestart(digits.shape, 10).draw(digits.test.labels, generator)
+energies = {
+    "test digits": marginal_energy(plain_logits),
+    "noise": marginal_energy(predict(model, noise)),
+}
+show_energies(energies, "before: the plain classifier")
+
+# %% [markdown]
+# ## Chains
+# A *chain* is a picture that moves downhill: each step subtracts a little of the energy's gradient
+# and adds a little noise, which is called stochastic gradient Langevin dynamics (SGLD). Here chains
+# start in noise and follow the plain classifier's energy. They end far below the digits' energies,
+# and few look like a digit: this density is not that of digits.
+
+# %%
 langevin = Langevin(step_size=0.1, noise_std=0.08, pixel_grad_clip=1.0, clamp=(-1, 1))
 energy = energy_of(model)  # E(x), or E(x, y) if it is given labels too, of the weights as they are
 settings = {"module": model, "generator": generator}
 chains = run_chains(energy, noise[:64], 100, langevin, **settings)
-plots.save_grid(chains, OUT / "classifier-chains.png")
+reached = marginal_energy(predict(model, chains))
+print(f"mean energy of test digits: {energies['test digits'].mean():.1f}")
+print(
+    f"of the chains: {energies['noise'][:64].mean():.1f} at the start, {reached.mean():.1f} after"
+)
+show(chains, "chains on the plain classifier, after 100 steps", name="classifier-chains")
 
 # %% [markdown]
-# ## Training the density
-# The gradient of log p(x) is that of mean E(chains) - mean E(data): wherever chains gather without
-# data the energy is raised. The chains persist in a replay buffer, so that each iteration moves
-# them on by a few steps only, and start in a Gaussian of each class rather than in noise.
+# ## The buffer
+# To make digits likely, training must find what else is likely, and that is where chains go.
+# The *buffer* keeps 1,000 chains from one iteration to the next, so that a few steps each time add
+# up to long chains. A *fresh* chain starts anew, here with a blurry digit drawn from a Gaussian
+# fitted to the images of one class; the buffer begins with fresh chains and replaces one in twenty
+# of those drawn.
 
 # %%
 restart = GaussianRestart.fit(*digits.train, num_classes=10)
 buffer = ReplayBuffer(1000, restart, reinit_prob=0.05, generator=generator)
-plots.save_grid(buffer.images[:64], OUT / "buffer-before.png")
+show(buffer.images[:64], "the buffer before training: fresh chains", name="buffer-before")
+
+# %% [markdown]
+# ## Training the density
+# Each iteration moves 64 chains of the buffer by ten steps. The loss then lowers the energy of the
+# digits and raises that of the chains, beside the cross-entropy, and a small term keeps energies
+# near zero. When chains look like digits the two energies stay close, and the pushes cancel.
+
+# %%
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ITERATIONS)
+history = []
 for iteration in range(ITERATIONS):
     images, labels = batch()
     slots, starts, _ = buffer.draw(64, generator)
@@ -115,68 +186,130 @@ for iteration in range(ITERATIONS):
     loss.backward()
     optimizer.step()
     schedule.step()
+    history.append((positive.mean().item(), negative.mean().item()))
     if iteration % max(ITERATIONS // 10, 1) == 0:
-        gap = negative.mean() - positive.mean()
-        print(f"iteration {iteration}: energy gap {gap.item():.2f}")
-plots.save_grid(buffer.images[:64], OUT / "buffer-after.png")
+        print(f"iteration {iteration}: energy gap {history[-1][1] - history[-1][0]:.2f}")
+
+_, axis = plt.subplots(figsize=(7, 2.4), layout="constrained")
+for values, label in zip(zip(*history, strict=True), ("digits", "chains"), strict=True):
+    colour = plots.DATA_COLOUR if label == "digits" else plots.CHAIN_COLOUR
+    thick = {"linewidth": 4, "alpha": 0.4} if label == "digits" else {"linewidth": 1}
+    axis.plot(values, color=colour, label=label, **thick)
+axis.set(title="training", xlabel="iteration", ylabel="mean energy")
+axis.legend(fontsize=8)
+show(buffer.images[:64], "the buffer after training", name="buffer-after")
 
 # %% [markdown]
-# ## One network, five uses
-# It classifies.
+# The network now is a joint energy-based model, JEM for short. It still classifies, and the digits
+# have the low energies.
 
 # %%
 logits = predict(model, digits.test.images)
 accuracy = (logits.argmax(1) == digits.test.labels).float().mean()
-print(f"JEM: {100 * accuracy:.1f} % of the test digits")
+print(f"JEM: {100 * accuracy:.1f} % of the test digits are read rightly")
+energies = {"test digits": marginal_energy(logits), "noise": marginal_energy(predict(model, noise))}
+show_energies(energies, "after: the JEM")
 
 # %% [markdown]
-# It generates: chains on E(x), and on E(x, y) = -f(x)[y] for a class that is asked for.
+# ## Samples
+# Fresh chains on the trained energy sharpen into digits. Each column below is one chain.
 
 # %%
 starts = restart.draw(torch.arange(64) % 10, generator)
-plots.save_grid(run_chains(energy, starts, 100, langevin, **settings), OUT / "fresh-chains.png")
+path = run_chains(energy, starts, 100, langevin, return_trajectory=True, **settings)
+plots.save_grid(path[-1], OUT / "fresh-chains.png")
+moments = (0, 3, 10, 30, 100)
+rows = [f"{moment} steps" for moment in moments]
+show(path[list(moments), :16].flatten(0, 1), "fresh chains on the JEM", rows)
 
+# %% [markdown]
+# ## Samples by class
+# Given a class y, chains follow E(x, y) = -f(x)[y] instead. Each row asks for one digit, and starts
+# in the Gaussian of that class.
 
-def energy_of_class(x: Tensor, labels: Tensor) -> Tensor:
-    """Return E(x, y)."""
-    return joint_energy(model(x), labels)
-
-
-asked = torch.arange(10).repeat_interleave(8)
+# %%
+asked = torch.arange(10).repeat_interleave(16)
 starts = restart.draw(asked, generator)
-conditional = run_chains(energy_of_class, starts, 100, langevin, labels=asked, **settings)
-plots.save_grid(conditional, OUT / "class-conditional.png")
+conditional = run_chains(energy, starts, 30, langevin, labels=asked, **settings)
 read = predict(model, conditional).argmax(1) == asked
 print(f"read as the class asked for: {100 * read.float().mean():.0f} %")
+title = "samples by class, after 30 steps"
+show(conditional, title, [str(digit) for digit in range(10)], name="class-conditional")
 
 # %% [markdown]
-# It tells what is no digit: the energy is high there.
+# ## Unfamiliar pictures
+# A `Detector` looks at the logits, the energy and the complexity of a picture, and gives a p-value:
+# the share of held-out digits that look at least as strange. Whatever the network, calling pictures
+# with a p-value of 0.05 or less unfamiliar is wrong for one digit in twenty at most, on average.
 
 # %%
-for name in ("uniform-noise", "inverted", "rotated"):
-    strange, _ = load_ood(name, digits.test.images, "", 360, generator)
-    outside = marginal_energy(predict(model, strange))
-    found = metrics.detection(marginal_energy(logits), outside, name)
-    print(f"AUROC of the energy against {name}: {found['auroc']:.3f}")
+held_out, labels_held_out = digits.val
+detector = Detector.fit(model, held_out, labels_held_out, reference=digits.train.images)
+sets = {"test digits": digits.test.images}
+for name in ("uniform-noise", "rotated", "interpolations"):
+    sets[name], _ = load_ood(name, digits.test.images, "", 360, generator)
+for name, images in sets.items():
+    unfamiliar = (detector.p_values(images) <= 0.05).float().mean()
+    print(f"{name}: {100 * unfamiliar:.0f} % called unfamiliar")
+firsts = [images[:12] for images in sets.values()]
+rows = [f"{name}\np = {detector.p_values(images).median():.2f}" for name, images in sets.items()]
+show(torch.cat(firsts), "some pictures of each set, and the set's median p-value", rows)
 
 # %% [markdown]
-# Its confidence means something: the expected calibration error over 15 bins.
+# The AUROC is the chance that an unfamiliar picture is ranked as stranger than a digit: 1 is
+# perfect, 0.5 a coin's toss. Interpolations, each halfway between two digits, are nearer to digits
+# than the other sets and so the hardest to tell; there the energy alone ranks better.
 
 # %%
-print(f"ECE {100 * metrics.calibration(logits, digits.test.labels)['ece']:.1f} %")
+digit_scores = detector.scores(digits.test.images)
+for name in ("uniform-noise", "rotated", "interpolations"):
+    outside = marginal_energy(predict(model, sets[name]))
+    by_energy = metrics.detection(marginal_energy(logits), outside)["auroc"]
+    by_detector = metrics.detection(digit_scores, detector.scores(sets[name]))["auroc"]
+    print(
+        f"AUROC of the energy against {name}: {by_energy:.3f}, of the detector: {by_detector:.3f}"
+    )
 
 # %% [markdown]
-# And it cleans: a few steps down the energy, without noise, take pixels back towards digits.
+# ## Calibration
+# A classifier is calibrated if it is right as often as it says. The expected calibration error
+# (ECE) is the mean distance between the two, over 15 bins of confidence. A dot's area tells the
+# number of images in its bin: of the 360 most are in the last, so the rest of a curve is rough.
 
 # %%
-clean = digits.test.images[:32]
+_, axis = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
+axis.plot([0, 1], [0, 1], color=plots.NEUTRAL, linestyle=":", label="calibrated")
+for name, found in (("classifier", plain_logits), ("jem", logits)):
+    calibration = metrics.calibration(found, digits.test.labels)
+    ece = f"ECE {100 * calibration['ece']:.1f} %"
+    used = [row for row in calibration["reliability"] if row["count"]]
+    points = [(row["confidence"], row["accuracy"]) for row in used]
+    colour, areas = plots.MODEL_COLOURS[name], [8 + row["count"] / 2 for row in used]
+    axis.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=f"{name}, {ece}")
+    axis.scatter(*zip(*points, strict=True), areas, color=colour, alpha=0.7)
+    print(f"{name}: {ece}")
+axis.legend(fontsize=8)
+_ = axis.set(xlabel="confidence", ylabel="share that is right", title="reliability, test digits")
+
+# %% [markdown]
+# ## Cleaning
+# A few steps downhill without any noise take spoilt pixels back towards a digit.
+
+# %%
+clean = digits.test.images[:16]
 noisy = (clean + 0.4 * torch.randn(clean.shape, generator=generator)).clamp(-1, 1)
 cleaned = run_chains(energy, noisy, 10, langevin._replace(noise_std=0.0), module=model)
-plots.save_grid(torch.stack([noisy, cleaned], dim=1).flatten(0, 1), OUT / "denoised.png")
+rows = ["noisy", "cleaned", "original"]
+show(torch.cat([noisy, cleaned, clean]), "ten steps without noise", rows, name="denoised")
 before, after = ((x - clean).square().mean().sqrt() for x in (noisy, cleaned))
 print(f"distance to the clean picture per pixel: {before:.2f} noisy, {after:.2f} cleaned")
-print(f"pictures in {OUT}")
 
 # %% [markdown]
-# From here on: `python train_jem.py` does this with schedules, averaging, checkpoints and a guard
-# against divergence, and `python evaluate.py` measures it properly.
+# ## From here on
+# `python train_jem.py` does this with schedules, averaging, checkpoints and a guard against
+# divergence, and `python evaluate.py` measures it properly, with intervals and judges that the
+# model never saw.
+
+# %%
+if __name__ == "__main__":
+    plt.show()  # a script's windows; a notebook has shown its figures already
