@@ -27,7 +27,8 @@ DATA_DIR = flag(
     "--data-dir",
     str,
     "folder that holds data sets or receives their download; with --dataset folder your folder of "
-    "images for each class, or your .npz of images and labels; SGLD_NRG_DATA sets the default",
+    "images for each class (a hidden file in it keeps them if they are many), or your .npz of "
+    "images and labels; SGLD_NRG_DATA sets the default",
     os.environ.get("SGLD_NRG_DATA", "data"),
 )
 CHECKPOINT_DATA_DIR = flag(

@@ -6,25 +6,35 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgld_nrg.support.errors import UserError
+from sgld_nrg.support.folder_cache import Kept, is_cache, key_of, load, save
 from sgld_nrg.support.images import (
     SUFFIXES,
     ArrayPictures,
     FilePictures,
+    Look,
     Pictures,
     Reading,
     array_in,
-    image_files,
+    files_in,
+    look,
+    look_closely,
     read_all,
+    room_for,
 )
+from sgld_nrg.support.parallel import over_cores
+from sgld_nrg.support.pixels import from_bytes
+
+MANY = 2000  # files: from here on a pool of processes reads them, and they are kept in one file
+CHUNK = 64  # files that a process reads at a time: few enough for the memory, whatever their size
 
 SPLIT_NAMES = {
     **{"train": "train", "training": "train"},
@@ -70,7 +80,7 @@ def _from_arrays(path: Path, image_size: int | None, reading: Reading) -> Found:
     images = read_all(pictures, range(len(pictures)), shape)
     marks = np.array([zlib.crc32(row.tobytes()) for row in pictures.array], np.uint32)
     part = Part(images, torch.from_numpy(labels), marks)
-    _tell({path: (pictures, part)}, classes, [])
+    _tell({path: (pictures.words, part)}, classes, [])
     return Found(classes, {"": part})
 
 
@@ -162,22 +172,105 @@ def _from_folders(root: Path, image_size: int | None, reading: Reading) -> Found
                 f"{str(places[split])!r} holds no class folders: sort its images into a folder "
                 "for each class, or remove it"
             )
-    opened: dict[str, Pictures] = {}
-    labels, paths_of = {}, {}
-    for split, by_class in files.items():
-        paths_of[split] = [path for name in classes for path in by_class.get(name, [])]
-        opened[split] = FilePictures(paths_of[split], reading)
-        sizes = [len(by_class.get(name, [])) for name in classes]
-        labels[split] = torch.arange(len(classes)).repeat_interleave(torch.tensor(sizes))
-    shape = _common_shape(list(opened.values()), image_size, root)
+    paths = {
+        split: [path for name in classes for path in by_class.get(name, [])]
+        for split, by_class in files.items()
+    }
+    kept = _kept(root, paths, image_size, reading)
     parts = {}
-    for split, pictures in opened.items():
-        images = read_all(pictures, range(len(pictures)), shape)
-        marks = [zlib.crc32(path.read_bytes()) for path in paths_of[split]]
-        parts[split] = Part(images, labels[split], np.array(marks, np.uint32))
-    told = {places[split]: (opened[split], parts[split]) for split in parts}
+    for split, by_class in files.items():
+        sizes = torch.tensor([len(by_class.get(name, [])) for name in classes])
+        labels = torch.arange(len(classes)).repeat_interleave(sizes)
+        parts[split] = Part(torch.from_numpy(kept[split].images), labels, kept[split].marks)
+    told = {places[split]: (kept[split].words, parts[split]) for split in parts}
     _tell(told, tuple(classes), skipped)
     return Found(tuple(classes), parts)
+
+
+def _kept(
+    root: Path, paths: dict[str, list[Path]], image_size: int | None, reading: Reading
+) -> dict[str, Kept]:
+    """Return {split: Kept} of {split: files}; of many files, as it was kept if it can be."""
+    files = [path for split in paths for path in paths[split]]
+    key = key_of(root, files, [image_size, reading]) if len(files) >= MANY else None
+    counts = {split: len(paths[split]) for split in paths}
+    kept = load(root, key, counts) if key else None
+    if kept is None:
+        kept = _read(root, paths, image_size, reading)
+        if key:
+            save(root, key, kept)
+    return kept
+
+
+def _read(
+    root: Path, paths: dict[str, list[Path]], image_size: int | None, reading: Reading
+) -> dict[str, Kept]:
+    """Look at {split: files}, all before the first is read, and read them: {split: Kept}."""
+    files = [path for split in paths for path in paths[split]]
+    side = image_size or look(files[0]).size[0]  # without a size they must all have this one
+    looks: list[Any] = [None] * len(files)
+    for rows, found in _by_chunks(
+        lambda rows: [look_closely(files[row], side) for row in rows], len(files), pooled=True
+    ):
+        looks[rows.start : rows.stop] = found
+    looks_of, opened = {}, {}
+    for split, its_paths in paths.items():
+        looks_of[split], looks = looks[: len(its_paths)], looks[len(its_paths) :]
+        opened[split] = FilePictures(its_paths, reading, looks=looks_of[split])
+    shape = _common_shape(list(opened.values()), image_size, root)
+    kept = {}
+    for split, pictures in opened.items():
+        looks = looks_of.pop(split)
+        marks = np.array([found.mark for found in looks], np.uint32)
+        kept[split] = Kept(_images(pictures, looks, shape), marks, pictures.words)
+    return kept
+
+
+def _images(
+    pictures: FilePictures, looks: Sequence[Look], shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Return the pictures as bytes if looking at them gave all their pixels, else as floats."""
+    images = room_for(len(looks), shape).numpy()  # also for bytes, which become floats later
+    rest = [row for row, found in enumerate(looks) if found.pixels is None]
+    if not rest:
+        images = np.empty(images.shape, np.uint8)
+    for row, found in enumerate(looks):
+        if found.pixels is not None:
+            pixels = found.pixels if found.pixels.ndim == 2 else found.pixels.transpose(2, 0, 1)
+            images[row] = from_bytes(torch.tensor(pixels)).numpy() if rest else pixels
+
+    def read(rows: range) -> np.ndarray:
+        return read_all(pictures, rest[rows.start : rows.stop], shape).numpy()
+
+    for rows, found in _by_chunks(read, len(rest), pooled=not pictures.by_turns):
+        images[rest[rows.start : rows.stop]] = found
+    return images
+
+
+def _by_chunks(
+    work: Callable[[range], Any], count: int, pooled: bool
+) -> Iterator[tuple[range, Any]]:
+    """Yield (rows, work(rows)) of `count` files, a chunk at a time, in any order.
+
+    pooled: whether it may be in a process for each core, if the files are many. What a chunk raises
+    is raised when all before it are done, as if they had been read one by one.
+    """
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    left = dict(zip(map(str, chunks), chunks, strict=True))
+
+    def attempt(name: str) -> Any:
+        try:
+            return work(left[name])
+        except UserError:
+            return None
+
+    if pooled and count >= MANY and torch.get_num_threads() > 1:
+        for name, done in over_cores(attempt, list(left), torch.device("cpu")):
+            if done is None:
+                break
+            yield left.pop(name), done
+    for rows in left.values():
+        yield rows, work(rows)
 
 
 def _places(root: Path, skipped: list[str]) -> dict[str, Path]:
@@ -206,6 +299,7 @@ def _places(root: Path, skipped: list[str]) -> dict[str, Path]:
     if not places:
         return {"": root}
     beside = [path for path in sorted(root.iterdir()) if path not in places.values()]
+    beside = [path for path in beside if not is_cache(path)]
     skipped += [f"{_shown(path.name)} (beside {places['train'].name}/)" for path in beside]
     return {split: places[split] for split in ("train", "val", "test") if split in places}
 
@@ -225,6 +319,8 @@ def _class_files(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
     loose = []
     for path in sorted(folder.iterdir()):
         name = _shown(path.name)
+        if is_cache(path):
+            continue
         if name.startswith(".") or name == "__MACOSX":
             skipped.append(f"{name} (hidden)")
         elif not path.is_dir():
@@ -245,13 +341,8 @@ def _class_files(folder: Path, skipped: list[str]) -> dict[str, list[Path]]:
 
 def _images_of_class(folder: Path, name: str, skipped: list[str]) -> list[Path]:
     """Return a class's image files; adds what else lies there to skipped."""
-    try:
-        images = image_files(folder)
-    except UserError:
-        images = []
-    taken, kinds = set(images), set()
-    others = [path for path in folder.rglob("*") if path not in taken]
-    others = [path for path in others if path.is_symlink() or not path.is_dir()]
+    images, others = files_in(folder)
+    kinds = set()
     for path in others:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         link = path.is_symlink() and not path.is_file()
@@ -284,15 +375,13 @@ def _common_shape(
     return channels, *sizes[0]
 
 
-def _tell(
-    told: dict[Path, tuple[Pictures, Part]], classes: tuple[str, ...], skipped: list[str]
-) -> None:
+def _tell(told: dict[Path, tuple[str, Part]], classes: tuple[str, ...], skipped: list[str]) -> None:
     """Print what was read, and what was skipped and why."""
-    for place, (pictures, part) in told.items():
+    for place, (words, part) in told.items():
         counts = part.labels.bincount(minlength=len(classes)).tolist()
         shown = ", ".join(f"{name} {n}" for name, n in zip(classes, counts, strict=True))
         shape = "x".join(map(str, part.images.shape[1:]))
-        read = f"{len(part.labels)} images ({pictures.words}) as {shape}"
+        read = f"{len(part.labels)} images ({words}) as {shape}"
         print(f"{_shown(str(place))}: {read}; {shown}")
     if skipped:
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""

@@ -7,12 +7,14 @@ read, so the memory follows the small ones.
 
 from __future__ import annotations
 
+import os
 import warnings
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +25,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sgld_nrg.support.errors import UserError, first_line
+from sgld_nrg.support.folder_cache import is_cache
 
 # by the format that a file's content has, not by its name: a .png may hold PostScript
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+PLAIN = ("PNG", "JPEG", "BMP", "WEBP")  # counting the frames of the others moves among them
+TURNED = range(2, 9)  # orientations in Exif's numbers; 1 is as it is stored
 JPEG, NETPBM = (".jpg", ".jpeg", ".jfif"), (".pgm", ".ppm", ".pnm", ".pbm")
 SUFFIXES = (".png", *JPEG, ".bmp", ".gif", ".webp", ".tif", ".tiff", *NETPBM)
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green, blue (ITU-R BT.601)
@@ -66,8 +71,13 @@ def open_pictures(path: Path, reading: Reading = AS_FOUND) -> Pictures:
             f"there is no {str(path)!r}: name an image, a folder of images, or an .npz or .npy file"
         )
     if path.is_dir():
-        files = image_files(path)
-        return FilePictures(files, reading, sorted(_files_in(path) - set(files)))
+        files, others = files_in(path)
+        if not files:
+            raise UserError(
+                f"the folder {str(path)!r} holds no image files ({', '.join(SUFFIXES)})"
+            )
+        skipped = [other for other in others if not other.is_dir() and not is_cache(other)]
+        return FilePictures(files, reading, skipped)
     if path.suffix.lower() in (".npz", ".npy"):
         return ArrayPictures(path, array_in(path, "images"), reading)
     return FilePictures([path], reading)
@@ -78,37 +88,54 @@ def read_all(found: Pictures, indices: Sequence[int], shape: Sequence[int]) -> T
 
     Raises UserError if they cannot be read, or if the memory is too small for them.
     """
-    try:
-        images = torch.empty(len(indices), *shape)
-    except RuntimeError as error:
-        raise UserError(
-            f"not enough memory for {len(indices)} pictures of {'x'.join(map(str, shape))} "
-            f"({first_line(error)}): take fewer, or lower --image-size"
-        ) from error
+    images = room_for(len(indices), shape)
     for row, index in zip(images, indices, strict=True):
         row.copy_(found.read(index, shape))
     return images.mul_(2).sub_(1)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return a folder's image files, also of the folders below it, hidden ones left out.
+def room_for(count: int, shape: Sequence[int]) -> Tensor:
+    """Return an empty float tensor (count, C, H, W). UserError if the memory is too small."""
+    try:
+        return torch.empty(count, *shape)
+    except RuntimeError as error:
+        raise UserError(
+            f"not enough memory for {count} pictures of {'x'.join(map(str, shape))} "
+            f"({first_line(error)}): take fewer, or lower --image-size"
+        ) from error
 
-    Raises UserError if there are none.
+
+def files_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return a folder's image files and all others, also of the folders below it.
+
+    Hidden files are others, and so are links to folders, which are not followed.
     """
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
-        raise UserError(f"the folder {str(folder)!r} holds no image files ({', '.join(SUFFIXES)})")
-    return files
+    images, others = [], []
+    for entry, hidden in _entries(folder, False):
+        image = not hidden and os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        # an entry knows its type without another look at the disk, unless it is a link
+        if image and (Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()):
+            images.append(entry.path)
+        elif not entry.is_dir(follow_symlinks=False):
+            others.append(entry.path)
+    first, second = (
+        [
+            Path(path)
+            for path in sorted(paths, key=lambda path: os.path.normcase(path).split(os.sep))
+        ]
+        for paths in (images, others)
+    )
+    return first, second
 
 
-def _files_in(folder: Path) -> set[Path]:
-    """Return everything in a folder and below it that is no folder, broken links too."""
-    return {path for path in folder.rglob("*") if not path.is_dir()}
+def _entries(folder: str | Path, hidden: bool) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    """Yield everything in a folder and below it, and whether it is hidden there."""
+    with suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            out_of_sight = hidden or entry.name.startswith(".")
+            yield entry, out_of_sight
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path, out_of_sight)
 
 
 def fitted(image: Tensor, shape: Sequence[int], reading: Reading) -> Tensor:
@@ -255,26 +282,82 @@ def _check_within(array: np.ndarray, scale: tuple[float, float], found: str) -> 
         raise UserError(f"{found}, {_span(array)}: not within --pixel-range {low:g} {high:g}")
 
 
+class Look(NamedTuple):
+    """What a look at an image file tells.
+
+    size: (height, width). kinds: what it is, in words. mark: a checksum of the file. pixels: (H, W)
+    or (H, W, 3) uint8, all that reading it would give; None: it is to be read.
+    """
+
+    size: tuple[int, int]
+    kinds: tuple[str, ...]
+    mark: int = 0
+    pixels: np.ndarray | None = None
+
+
+def look(path: Path) -> Look:
+    """Look at no more of an image file than tells its size and kind. UserError if it is none."""
+    with opened(path) as picture:
+        return _look(picture)
+
+
+def look_closely(path: Path, side: int) -> Look:
+    """Look at an image file, all of it, and take its pixels at once if they need no more than that.
+
+    They do if they are bytes without alpha, side by side pixels in one frame that is not turned.
+    Raises UserError if it is no image; one whose pixels are damaged is left to be read.
+    """
+    with _named(path), path.open("rb") as file:
+        mark = zlib.crc32(file.read())
+        file.seek(0)
+        with _picture_in(file) as picture:
+            found = _look(picture)
+            plain = picture.format in PLAIN and found.kinds in (("grey",), ("colour",))
+            pixels = None
+            if plain and found.size == (side, side):
+                with suppress(Exception):  # reading says what is wrong, when its turn comes
+                    picture.load()
+                    if _orientation(picture) not in TURNED:
+                        pixels = _pixels(picture, found.kinds[0], 1)
+            return found._replace(mark=mark, pixels=pixels)
+
+
+def _look(picture: Image.Image) -> Look:
+    # of a TIFF, Pillow gives the size as turned
+    turned = picture.format != "TIFF" and _orientation(picture) in (5, 6, 7, 8)
+    width, height = picture.size[::-1] if turned else picture.size
+    frames = ("the first frame of each",) if getattr(picture, "n_frames", 1) > 1 else ()
+    return Look((height, width), (_kind(picture), *frames))
+
+
+def _orientation(picture: Image.Image) -> int | None:
+    return picture.getexif().get(0x0112)
+
+
 class FilePictures:
     """The pictures of image files, read one by one.
 
-    skipped: files beside them, for `words`. sizes, colour, words: as of `ArrayPictures`.
-    Raises UserError for a file that is no image.
+    skipped: files beside them, for `words`. looks: at each of the files; None: they are looked at.
+    sizes, colour, words: as of `ArrayPictures`. by_turns: whether how one is read depends on those
+    that were read before. Raises UserError for a file that is no image.
     """
 
-    def __init__(self, paths: Sequence[Path], reading: Reading, skipped: Sequence[Path] = ()):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        reading: Reading,
+        skipped: Sequence[Path] = (),
+        looks: Sequence[Look] | None = None,
+    ):
         self.paths, self.reading = list(paths), reading
         self.scale: tuple[float, float] | None = None  # of numbers that have none by their type
-        self.sizes, kinds = set(), set()
-        for path in self.paths:
-            with opened(path) as picture:
-                # of a TIFF, Pillow gives the size as turned
-                turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in (5, 6, 7, 8)
-                width, height = picture.size[::-1] if turned else picture.size
-                self.sizes.add((height, width))
-                kinds.add(_kind(picture))
-                if getattr(picture, "n_frames", 1) > 1:
-                    kinds.add("the first frame of each")
+        self.sizes: set[tuple[int, int]] = set()
+        kinds: set[str] = set()
+        for found in map(look, self.paths) if looks is None else looks:
+            self.sizes.add(found.size)
+            kinds.update(found.kinds)
+        unscaled = any(kind.startswith(("32-bit", "floating-point")) for kind in kinds)
+        self.by_turns = unscaled and not reading.pixel_range
         self.colour = any(kind.startswith("colour") for kind in kinds)
         sizes = [f"{width}x{height}" for height, width in sorted(self.sizes)[:3]]
         more = f" and {len(self.sizes) - 3} other sizes" if len(self.sizes) > 3 else ""
@@ -296,7 +379,9 @@ class FilePictures:
             kind, tags = _kind(picture), getattr(picture, "tag_v2", {})  # a TIFF has tags
             white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # 12 bits come as 16
             negative = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
-            picture = ImageOps.exif_transpose(picture)
+            picture.load()  # an orientation may come after the pixels
+            if _orientation(picture) in TURNED:
+                picture = ImageOps.exif_transpose(picture)
             if picture.mode == "F" or picture.mode.startswith("I"):
                 image = self._scaled(picture, kind, white, path)
                 image = 1 - image if negative else image  # Pillow has seen to it in bytes alone
@@ -359,22 +444,34 @@ def _pixels(picture: Image.Image, kind: str, factor: int) -> np.ndarray:
     mode = {"RGB": "RGBA", "L": "LA"}[mode] if "alpha" in kind else mode
     if mode == "LA" and picture.mode != "LA":  # Pillow has no way there from a palette
         picture = picture.convert("RGBA").convert("LA")
-    picture = picture.convert(mode)
+    picture = picture if picture.mode == mode else picture.convert(mode)
     return np.asarray(picture.reduce(factor) if factor > 1 else picture)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open an image file. Raises UserError, naming it, if it is none or too large."""
+    # not by its path: Pillow would map a turned TIFF into memory, and get its rows wrong
+    with _named(path), path.open("rb") as file, _picture_in(file) as picture:
+        yield picture
+
+
+@contextmanager
+def _picture_in(file: BinaryIO) -> Iterator[Image.Image]:
+    with Image.open(file, formats=FORMATS) as picture:
+        if picture.size[0] * picture.size[1] > MOST_PIXELS:
+            raise Image.DecompressionBombError(f"it has {picture.size} pixels")
+        _scale_transparency(picture)
+        yield picture
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise UserError with the file's name for all that goes wrong in the block."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damage that keeps a picture from being read raises
-            # not by its path: Pillow would map a turned TIFF into memory, and get its rows wrong
-            with path.open("rb") as file, Image.open(file, formats=FORMATS) as picture:
-                if picture.size[0] * picture.size[1] > MOST_PIXELS:
-                    raise Image.DecompressionBombError(f"it has {picture.size} pixels")
-                _scale_transparency(picture)
-                yield picture
+            yield
     except UnidentifiedImageError as error:
         raise UserError(
             f"{str(path)!r} is no image of a known kind ({', '.join(FORMATS)}): "
