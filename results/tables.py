@@ -26,9 +26,11 @@ from sgld_nrg.support.report.words import table
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("mnist-0", "mnist-1", "mnist-2")
+SHIPPED = ("mnist", "fashion-mnist")  # results/NAME.pt, reports/shipped-NAME.json
 MODELS = {"jem": "JEM", "control": "attacks alone", "classifier": "plain classifier"}
 JUDGES = {"convmixer": "ConvMixer", "vgg": "VGG"}  # the one that finds larger ratios first
 IN_TRAINING = ("constant", "black", "white", "inverted")  # among the outliers of a JEM's training
+NOISY = "training images with the training's noise"
 FIRST_RADII = {"linf": "L∞ 0.1", "l2": "L2 1.5"}
 # What the presets of MNIST and of the paper's run differ in, and why.
 DIFFERENCES = {
@@ -149,6 +151,40 @@ def summary(reports: list[Report], sets: dict[str, str]) -> str:
         label = f"read as the class asked, started in {name}: {' / '.join(JUDGES.values())}"
         rows.append(of_jem(label, (percent(read_as(judge, kind), 1) for judge in JUDGES)))
     return table(["", *MODELS.values()], rows)
+
+
+def shipped(reports: dict[str, Report]) -> str:
+    """Return a row for each promise, a column for each model that comes with the project."""
+
+    def cells(value: Value, digits: int = 3, scale: float = 1, unit: str = "") -> list[str]:
+        return [f"{scale * value(report):.{digits}f}{unit}" for report in reports.values()]
+
+    def joined(*parts: list[str]) -> list[str]:
+        return [" / ".join(cell) for cell in zip(*parts, strict=True)]
+
+    def unfamiliar(alpha: str) -> Value:
+        return lambda report: report["unfamiliar"]["promises"][alpha]["unfamiliar"]["share"]
+
+    fresh = [cells(sampled(judge, "fresh"), 1) for judge in JUDGES]
+    judges = " / ".join(JUDGES.values())
+    rows = [
+        ["accuracy", *cells(accuracy("jem"), 2, 100, " %")],
+        ["ECE", *cells(ece("jem"), 2, 100, " %")],
+        [
+            "APGD, 500 images: L∞ 0.1 / L2 1.5",
+            *joined(*(cells(attacked("jem", norm, 1)) for norm in FIRST_RADII)),
+        ],
+        [
+            "lowest AUROC of the sets not in training: detector / energy",
+            *joined(*(cells(lowest("jem", score)) for score in ("detector", "energy"))),
+        ],
+        [
+            "called unfamiliar at α = 1 / 5 / 10 %",
+            *joined(*(cells(unfamiliar(alpha), 2, 100, " %") for alpha in ("0.01", "0.05", "0.1"))),
+        ],
+        [f"Fréchet ratio of fresh chains, {judges}", *joined(*fresh)],
+    ]
+    return table(["", *(f"`{name}.pt`" for name in reports)], rows)
 
 
 def density(reports: list[Report]) -> str:
@@ -280,7 +316,7 @@ def between(values: Iterable[float]) -> str:
     return f"{low:.0f} to {high:.0f}"
 
 
-def in_sentences(mnist: list[Report], fashion: list[Report]) -> dict[str, str]:
+def in_sentences(mnist: list[Report], fashion: list[Report], ships: Report) -> dict[str, str]:
     """Return the numbers that stand in sentences."""
     ratios = [sampled(judge, kind) for judge in JUDGES for kind in ("buffer", "fresh")]
     fresh = [statistics.mean(map(sampled(judge, "fresh"), mnist)) for judge in JUDGES]
@@ -298,8 +334,24 @@ def in_sentences(mnist: list[Report], fashion: list[Report]) -> dict[str, str]:
         "judges": f"{max(fresh) / min(fresh):.0f}",
         "changed": between(100 * value(report) for value in changed for report in mnist),
         "fashion-ratios": between(value(report) for value in ratios for report in fashion),
+        **{f"noise-{judge}": f"{sampled(judge, NOISY)(ships):.1f}" for judge in JUDGES},
         "fashion-energy": spread(fashion, auroc("jem", "mnist", "energy")),
     }
+
+
+def ablation(rows: list[dict[str, str]]) -> str:
+    """Return the mean AUROC over the sets made for choosing, by what the detector judges."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["kind"] == "strange":
+            found.setdefault((row["judged"], row["model"]), []).append(float(row["auroc"]))
+    choices = dict.fromkeys(row["judged"] for row in rows)
+    shown = [name for name in choices if "not rounded" not in name]
+    cells = [
+        [name, *(f"{statistics.mean(found[name, model]):.3f}" for model in MODELS)]
+        for name in shown
+    ]
+    return table(["what is judged", *MODELS.values()], cells)
 
 
 def counted(looks: list[dict[str, str]]) -> str:
@@ -325,10 +377,12 @@ def parts(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     try:
         reports = {
             name: json.loads((root / f"results/reports/{name}.json").read_text())
-            for name in (*SEEDS, "fashion-mnist-0")
+            for name in (*SEEDS, "fashion-mnist-0", *(f"shipped-{name}" for name in SHIPPED))
         }
-        with open(root / "results/looks.csv", newline="") as file:
-            looks = list(csv.DictReader(file))
+        looks, ablated = (
+            list(csv.DictReader((root / f"results/{name}.csv").read_text().splitlines()))
+            for name in ("looks", "detector-ablation")
+        )
     except FileNotFoundError as error:
         raise UserError(f"the tables need {error.filename}, which is missing") from error
     mnist = [reports[name] for name in SEEDS]
@@ -337,9 +391,12 @@ def parts(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     makers += (long_chains, classes, density)
     tables = {make.__name__: make(mnist) for make in makers}
     tables["mnist"] = summary(mnist, {"kmnist-test": "KMNIST", "rotated": "rotated by 90°"})
-    tables["fashion"] = summary(fashion, {"mnist": "MNIST", "kmnist-test": "KMNIST"})
-    tables |= {"looks": counted(looks), "differences": differences()}
-    return tables, {"looks": str(len(looks)), **in_sentences(mnist, fashion)}
+    tables["shipped"] = shipped({name: reports[f"shipped-{name}"] for name in SHIPPED})
+    tables |= {"looks": counted(looks), "differences": differences(), "ablation": ablation(ablated)}
+    return tables, {
+        "looks": str(len(looks)),
+        **in_sentences(mnist, fashion, reports["shipped-mnist"]),
+    }
 
 
 def rewritten(text: str, tables: dict[str, str], numbers: dict[str, str]) -> str:

@@ -416,7 +416,12 @@ MEASUREMENT: Group = (
         flag(
             "--chains",
             positive_int,
-            "chains that run long; without it 1000 (on a GPU 10000), with --quick 200 (1000)",
+            "chains that run long; without it 500 (on a GPU 10000), with --quick 200 (500)",
+        ),
+        flag(
+            "--attacked",
+            positive_int,
+            "images attacked; without it 500 (on a GPU 1000), with --quick 100 (200)",
         ),
         JUDGES,
         flag("--quick", bool, "smaller samples and fewer attacks: an answer within a minute"),

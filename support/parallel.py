@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -172,9 +174,19 @@ def over_cores(
         for name in names:
             yield name, work(name)
         return
-    context = multiprocessing.get_context("fork")
-    with context.Pool(count, _begin_on_core, (work,)) as pool:
-        yield from pool.imap_unordered(_on_core, names)
+    others, context = multiprocessing.active_children(), multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(count, context, _begin_on_core, (work,)) as pool:
+        try:
+            for done in as_completed([pool.submit(_on_core, name) for name in names]):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise MemoryError("a process was killed") from error
+        except BaseException:  # a signal, or nobody wants the rest: do not wait for it
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
 
 
 _work: Callable[[str], Any]  # of a forked process

@@ -95,7 +95,7 @@ MNIST = _changed(
     long_share=0.3,
 )
 # Clothes have mid-tones, where no clamp hides noise, and textures, which resampling would blur:
-# less noise, and images moved by whole pixels.
+# less noise, and images moved by whole pixels. Its chains are still far from the data.
 FASHION = _changed(MNIST, input_noise=0.03, augment=0.0, shift=2, flip_prob=0.5, noise_std=0.03)
 # For an hour: a first layer of stride 2, which is three and a half times the arithmetic; more and
 # stronger attacks; a rate that ends high and a smaller weight of log p(x), which robustness wants.

@@ -121,6 +121,13 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is forked here")
+def test_a_process_that_is_killed_is_told_and_nothing_waits_for_it(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(MemoryError, match="killed"):
+        list(parallel.over_cores(lambda name: os.kill(os.getpid(), 9), "ab", torch.device("cpu")))
+
+
 LONG_WORK = """
 import os, time, torch
 from sgld_nrg.support import errors, parallel

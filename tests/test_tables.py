@@ -32,6 +32,9 @@ def copied(tmp_path):
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, tmp_path / path.relative_to(ROOT))
     (tmp_path / "results/looks.csv").write_text(committed_looks())
+    shutil.copyfile(
+        ROOT / "results/detector-ablation.csv", tmp_path / "results/detector-ablation.csv"
+    )
     shutil.copytree(ROOT / "results/reports", tmp_path / "results/reports")
     return tmp_path
 

@@ -17,7 +17,7 @@ from sgld_nrg.support.checkpoints import langevin_from
 from sgld_nrg.support.report.study import PRECISION, Study
 from sgld_nrg.support.report.words import interval, table
 
-ATTACK_BATCH = 250  # images attacked at once
+ATTACK_BATCH = 500  # images attacked at once
 STRONGER = 3  # times as many starts and targets, of twice as many steps, check an attack
 
 # Called as survives(images, labels, epsilon=...): whether each is still classified right, (n,).

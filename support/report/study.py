@@ -24,9 +24,9 @@ from sgld_nrg.support.restarts import restart_from_state
 PRECISION = "float32"  # of every measurement but the chains, which run as in training
 # Sizes: images of each kind, and the steps, random starts and draws of the attacks.
 FULL: dict[str, Any] = {
-    "ood": 2500,
-    "attacked": 1000,
-    "attack_steps": 50,
+    "ood": 2000,
+    "attacked": 500,  # on a GPU 1000, unless --attacked says
+    "attack_steps": 75,
     "random_starts": 1,
     "targets": 2,
     "epsilons": {  # pixels on [0, 1]; the first is that of papers on MNIST and on CIFAR-10
@@ -42,8 +42,8 @@ FULL: dict[str, Any] = {
     "refined_draws": 2,
     "refined_epsilons": 1,  # the first ones
     "samples": 10_000,
-    "conditional": 1000,
-    "long_chains": 1000,  # on a GPU as many as samples, unless --chains says
+    "conditional": 500,
+    "long_chains": 500,  # on a GPU as many as samples, unless --chains says
     "longest": 1000,
     "nearest": 500,
     "chains": 64,
