@@ -416,12 +416,12 @@ MEASUREMENT: Group = (
         flag(
             "--chains",
             positive_int,
-            "chains that run long; without it 500 (on a GPU 10000), with --quick 200 (500)",
+            "chains that run long; without it 500 (on a GPU 10000), with --quick 150 (400)",
         ),
         flag(
             "--attacked",
             positive_int,
-            "images attacked; without it 500 (on a GPU 1000), with --quick 100 (200)",
+            "images attacked; without it 500 (on a GPU 1000), with --quick 60 (120)",
         ),
         JUDGES,
         flag("--quick", bool, "smaller samples and fewer attacks: an answer within a minute"),
