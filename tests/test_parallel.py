@@ -133,7 +133,7 @@ import os, time, torch
 from sgld_nrg.support import errors, parallel
 
 def work(name):
-    os.write(1, f"{os.getpid()}\n".encode())  # a line at once, whoever else writes
+    os.write(1, b"%d\\n" % os.getpid())  # a line at once, whoever else writes
     time.sleep(60)
 
 @errors.exits_cleanly
