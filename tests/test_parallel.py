@@ -129,8 +129,10 @@ def test_a_process_that_is_killed_is_told_and_nothing_waits_for_it(monkeypatch):
 
 
 LONG_WORK = """
-import os, time, torch
+import os, signal, time, torch
 from sgld_nrg.support import errors, parallel
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def work(name):
     os.write(1, b"%d\\n" % os.getpid())  # a line at once, whoever else writes
