@@ -102,11 +102,7 @@ def notebook(cells: Sequence[Cell]) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Read a list of arguments, or the command line's."""
-    parser = Parser(__doc__, (("example", FLAGS),))
-    args = parser.parse(argv)
-    if not Path(args.out).absolute().parent.is_dir():
-        parser.error(f"there is no folder for --out {args.out}: make it, or name another place")
-    return args
+    return Parser(__doc__, (("example", FLAGS),)).parse_with_out(argv)
 
 
 @exits_cleanly

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 
@@ -120,11 +119,7 @@ def draw(model: nn.Module, points: Tensor, labels: Tensor, chains: Tensor, path:
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Read a list of arguments, or the command line's."""
-    parser = Parser(__doc__, (("example", FLAGS),))
-    args = parser.parse(argv)
-    if not Path(args.out).absolute().parent.is_dir():
-        parser.error(f"there is no folder for --out {args.out}: make it, or name another place")
-    return args
+    return Parser(__doc__, (("example", FLAGS),)).parse_with_out(argv)
 
 
 @exits_cleanly

@@ -127,6 +127,13 @@ class Parser(argparse.ArgumentParser):
         chosen = self.defaults_of({**self.defaults, **given})
         return {**self.defaults, **{k: chosen[k] for k in chosen if k in self.defaults}, **given}
 
+    def parse_with_out(self, argv: Sequence[str] | None = None) -> Namespace:
+        """Read as `parse` does; a folder for the file --out must be there."""
+        args = self.parse(argv)
+        if not Path(args.out).absolute().parent.is_dir():
+            self.error(f"there is no folder for --out {args.out}: make it, or name another place")
+        return args
+
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
         """Read a list of arguments, or the command line's.
 
