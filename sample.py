@@ -6,7 +6,8 @@ starts new chains in the training's restart distribution and runs Langevin dynam
 --source buffer shows the persistent chains of the training instead. --class-label and --mixture run
 the chains on the energy of one class or of several, --interpolate leads each chain from one class
 to another. --from-images starts at your own pictures, which --inpaint completes and --denoise
-cleans. --animate adds a GIF of how it came about.
+cleans. A step without noise follows the last, but for --keep-noise. --animate adds a GIF of how it
+came about.
 """
 
 from __future__ import annotations
@@ -184,22 +185,25 @@ class Chains:
         """Run chains; held pixels are put back after every step, frames are kept if watched."""
         held, between = x, max(steps // FRAMES, 1)
         piece = 1 if self.free is not None else between if watched else max(steps, 1)
+        pieces = [(min(piece, steps - start), self.langevin) for start in range(0, steps, piece)]
+        if steps and not (self.args.keep_noise or self.args.denoise):
+            pieces.append((1, self.langevin.without_noise()))
         if watched:
             self.frames.append(x[:GRID_CHAINS])
-        for start in range(0, steps, piece):
-            end = min(start + piece, steps)
+        for number, (count, langevin) in enumerate(pieces, start=1):
             x = self.run_chains(
                 self.energy,
                 x,
-                end - start,
-                self.langevin,
+                count,
+                langevin,
                 labels=condition,
                 module=self.model,
                 generator=self.generator,
             )
             if self.free is not None:
                 x = torch.where(self.free, x, held)
-            if watched and (end % between == 0 or end == steps):
+            done = number * piece
+            if watched and ((done < steps and done % between == 0) or number == len(pieces)):
                 self.frames.append(x[:GRID_CHAINS])
         return x
 

@@ -48,7 +48,7 @@ from sgld_nrg.support.parser import HERE, Parser, flag, positive, positive_int, 
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.robustness import attack
 from sgld_nrg.support.report.study import FULL as REPORT
-from sgld_nrg.support.report.study import Yardstick, extend, fresh_chains
+from sgld_nrg.support.report.study import Yardstick, cleaned, extend, fresh_chains
 
 # Sizes of a measurement: chains of each kind, steps after which the long ones end (0: no such),
 # attacked images, and steps of the attack.
@@ -175,7 +175,8 @@ def judge(
     chosen = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(0))[:count]
     generator = torch.Generator(device).manual_seed(0)
     fresh = fresh_chains(checkpoint, model, count, FRESH_STEPS, generator)
-    kinds = {"buffer": buffer[chosen], "fresh": fresh}
+    clean = cleaned(checkpoint, model, fresh, generator)
+    kinds = {"buffer": buffer[chosen], "fresh": fresh, "cleaned": clean}
     if sizes["longest"]:
         more = sizes["longest"] - FRESH_STEPS
         kinds["long"] = extend(checkpoint, model, fresh, more, generator)

@@ -165,7 +165,10 @@ def shipped(reports: dict[str, Report]) -> str:
     def unfamiliar(alpha: str) -> Value:
         return lambda report: report["unfamiliar"]["promises"][alpha]["unfamiliar"]["share"]
 
-    fresh = [cells(sampled(judge, "fresh"), 1) for judge in JUDGES]
+    fresh = {
+        what: joined(*(cells(sampled(judge, kind), 1) for judge in JUDGES))
+        for what, kind in (("fresh", "fresh"), ("cleaned", "fresh, cleaned"))
+    }
     judges = " / ".join(JUDGES.values())
     rows = [
         ["accuracy", *cells(accuracy("jem"), 2, 100, " %")],
@@ -182,7 +185,7 @@ def shipped(reports: dict[str, Report]) -> str:
             "called unfamiliar at α = 1 / 5 / 10 %",
             *joined(*(cells(unfamiliar(alpha), 2, 100, " %") for alpha in ("0.01", "0.05", "0.1"))),
         ],
-        [f"Fréchet ratio of fresh chains, {judges}", *joined(*fresh)],
+        *([f"Fréchet ratio of {what} chains, {judges}", *row] for what, row in fresh.items()),
     ]
     return table(["", *(f"`{name}.pt`" for name in reports)], rows)
 

@@ -142,8 +142,8 @@ def _check_sample(args: Namespace) -> None:
             "--class-label",
         ),
         (
-            args.denoise and "noise_std" in args.given,
-            "--denoise descends without noise: leave out --noise-std",
+            args.denoise and ("noise_std" in args.given or args.keep_noise),
+            "--denoise descends without noise: leave out --noise-std and --keep-noise",
         ),
     )
     for wrong, sentence in contradictions:

@@ -21,7 +21,7 @@ from sgld_nrg.support.judges import judges
 from sgld_nrg.support.parallel import Alone
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.robustness import attack
-from sgld_nrg.support.report.study import Yardstick, extend, fresh_chains
+from sgld_nrg.support.report.study import Yardstick, cleaned, extend, fresh_chains
 
 SIZES = {"samples": 60, "longest": FRESH_STEPS + 5, "attacked": 30, "attack_steps": 2}
 SHORT = {**SIZES, "longest": 0}  # no long chains
@@ -120,6 +120,7 @@ def test_a_checkpoint_is_judged_on_the_split_that_is_named(
     buffer = checkpoint["buffer"]["images"]
     buffer = buffer[torch.randperm(len(buffer), generator=generator())[:60]]
     kinds = {"buffer": buffer, "fresh": fresh, "long": extend(checkpoint, model, fresh, 5, source)}
+    kinds["cleaned"] = cleaned(checkpoint, model, fresh, source)
     for name, network in networks.items():
         yardstick = Yardstick(network, split.images[:60], digits.train.images)
         for kind, images in kinds.items():

@@ -12,9 +12,10 @@ import torch
 from conftest import generator, run
 from PIL import Image
 
-from sgld_nrg.models import joint_energy, load_model, marginal_energy, predict
+from sgld_nrg.models import energy_of, joint_energy, load_model, marginal_energy, predict
+from sgld_nrg.sgld import langevin_step, run_chains
 from sgld_nrg.support import looks, ood, plots, sample_metrics
-from sgld_nrg.support.checkpoints import load_checkpoint, save_checkpoint
+from sgld_nrg.support.checkpoints import langevin_from, load_checkpoint, save_checkpoint
 from sgld_nrg.support.commands import parse
 from sgld_nrg.support.data import TORCHVISION
 from sgld_nrg.support.detector import detector_for
@@ -98,7 +99,8 @@ def test_the_report_has_every_section_for_both_models_with_intervals(found):
     protocol = found["protocol"]
     assert protocol["sizes"]["bins"] == 15 and protocol["splits"]["test"] == 360
     for judge in JUDGES:
-        kinds = {"training images", "buffer", "fresh", "training images with the training's noise"}
+        kinds = {"training images", "training images with the training's noise"}
+        kinds |= {"buffer", "buffer, cleaned", "fresh", "fresh, cleaned"}
         assert set(found["samples"]["judges"][judge]["kinds"]) == kinds
         assert list(found["long_chains"]["judges"][judge]["steps"]) == ["0", "10"]
     assert set(found["robustness"]["curves"]) == {"linf", "l2"}
@@ -181,6 +183,11 @@ def test_long_chains_are_one_run_whose_first_row_is_the_restart_distribution(
         row = rows["steps"][steps]
         assert row["frechet_distance"] == pytest.approx(distance)
         assert row["ratio_to_floor"] == pytest.approx(distance / rows["floor"])
+        if more:
+            langevin = langevin_from(checkpoint).without_noise()
+            end = run_chains(energy_of(model), x, 1, langevin, module=model)
+            distance = sample_metrics.frechet_distance(predict(judge.features, end), reference)
+        assert row["cleaned"] == pytest.approx(distance / rows["floor"], rel=1e-3)
 
 
 def test_the_floor_is_the_mean_over_eight_draws_of_as_many_training_images(networks, digits):
@@ -217,7 +224,12 @@ def test_samples_are_judged_against_the_floor_with_their_own_precision_and_recal
             ratio = row["frechet_distance"] / judge["floor"]
             assert row["ratio_to_floor"] == pytest.approx(ratio)
     near = measured["distance_to_nearest_training_image"]
-    assert near["buffer"]["median"] == 0 < near["test images"]["smallest"]
+    assert near["buffer"]["median"] < near["test images"]["smallest"]
+    picture, model = digits.train.images[:1], models["jem"]
+    langevin = langevin_from(checkpoint).without_noise()
+    _, moved = langevin_step(energy_of(model), picture, langevin)
+    far = (digits.train.images - moved).flatten(1).norm(dim=1).min()
+    assert near["buffer"]["median"] == pytest.approx(float(far), rel=1e-3)  # shown cleaned
     table = next(part for part in samples.words(measured, sizes).split("\n\n") if "| --" in part)
     head, _, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
     shown = {(row[0], row[1]): dict(zip(head, row, strict=True)) for row in rows}

@@ -13,6 +13,7 @@ from PIL import Image
 from sgld_nrg import sample
 from sgld_nrg.models import build_model, load_model
 from sgld_nrg.sample import Chains
+from sgld_nrg.sgld import langevin_step
 from sgld_nrg.support.checkpoints import save_checkpoint
 from sgld_nrg.support.commands import parse
 
@@ -193,6 +194,25 @@ def test_denoising_starts_at_noisy_pictures_and_descends_their_energy_without_no
     torch.testing.assert_close(again, ends)  # nothing is left to chance
     before, after = (chains.energy(x) for x in (starts.clamp(-1, 1), ends))
     assert (after < before).all()
+
+
+def test_a_step_without_noise_follows_the_last_and_takes_noise_off(checkpoint):
+    flags = ("--num", 200, "--precision", "float32")
+    noisy, clean = (
+        next(chains_of(checkpoint, *flags, *more).blocks())[1] for more in (["--keep-noise"], [])
+    )
+    chains = chains_of(checkpoint, *flags)
+    langevin = chains.langevin
+    _, expected = langevin_step(chains.energy, noisy, langevin, noise=None)
+    torch.testing.assert_close(clean, expected)
+    assert langevin.noise_std > 0 and langevin.without_noise().noise_std == 0
+    before, after = (chains.energy(x).mean() for x in (noisy, clean))
+    assert after < before
+
+
+def test_chains_of_no_steps_stay_where_they_start(checkpoint):
+    starts, ends, _ = next(chains_of(checkpoint, "--num", 5, "--steps", 0).blocks())
+    assert torch.equal(starts, ends)
 
 
 def test_a_mixture_draws_its_classes_and_no_others(draw, checkpoint):

@@ -11,7 +11,7 @@ from sgld_nrg.models import predict
 from sgld_nrg.support import metrics, plots
 from sgld_nrg.support.origin import named
 from sgld_nrg.support.presets import FRESH_STEPS
-from sgld_nrg.support.report.study import Study, extend, starts
+from sgld_nrg.support.report.study import Study, cleaned, extend, starts
 from sgld_nrg.support.report.words import interval, percent, table, worse_first
 
 CHANGING_STEPS = 100  # of a chain that starts in another class
@@ -44,7 +44,8 @@ def measure(study: Study) -> dict[str, Any]:
             share = right.double().cpu().numpy()
             around = metrics.bootstrap(np.mean, share, resamples=study.sizes["resamples"])
             judged[name][kind] = {"share": float(share.mean()), "interval": around}
-    rows = [ends[labels == label][:10] for label in range(len(classes))]
+    clean = cleaned(checkpoint, model, ends, generator, labels)
+    rows = [clean[labels == label][:10] for label in range(len(classes))]
     columns = min(map(len, rows))
     grid = torch.cat([row[:columns] for row in rows])
     names = classes if named(classes) else ()
@@ -71,6 +72,7 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
         "judge reads as the class asked for: of those that start in that class's restart "
         f"distribution, after {found['steps']} steps, and of those that start in another class's "
         f"and have to change, after {found['changing_steps']}; beside each the share of the starts "
-        f"that are read so already.\n\n{table(header, rows)}\n\nA row for each class:\n\n"
+        f"that are read so already.\n\n{table(header, rows)}\n\nA row for each class, after one "
+        "more step, without noise:\n\n"
         "![Class-conditional chains](class-conditional.png)"
     )

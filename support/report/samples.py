@@ -9,17 +9,18 @@ import torch
 from sgld_nrg.support import plots, sample_metrics
 from sgld_nrg.support.augment import add_noise
 from sgld_nrg.support.presets import FRESH_STEPS
-from sgld_nrg.support.report.study import Study, fresh_chains
+from sgld_nrg.support.report.study import Study, cleaned, fresh_chains
 from sgld_nrg.support.report.words import ratio, table, worse_first
 
 
 def measure(study: Study) -> dict[str, Any]:
     """Judge samples; draws them, and the nearest training images.
 
-    Returns for each judge its floor and, of the buffer's and fresh chains, what
-    `Yardstick.judge_features` says; of training images the same, of one of the floor's draws, and
-    of others with the noise of --input-noise, which is what the density is of; and the distances to
-    the nearest training image, of both kinds of chains and of the test set.
+    Returns for each judge its floor and, of the buffer's and fresh chains, as they are and after
+    a step without noise, what `Yardstick.judge_features` says; of training images the same, of one
+    of the floor's draws, and of others with the noise of --input-noise, which is what the density
+    is of; and the distances to the nearest training image, of the chains without noise and of the
+    test set.
     """
     dataset, checkpoint = study.dataset, study.checkpoint
     generator, buffer = study.generator(), checkpoint["buffer"]["images"]
@@ -31,13 +32,17 @@ def measure(study: Study) -> dict[str, Any]:
     chosen = torch.randperm(len(buffer), generator=source)[:count]
     others = train[torch.randperm(len(train), generator=source)[:count]]
     noise = checkpoint["args"]["input_noise"]
-    fresh = fresh_chains(checkpoint, study.models["jem"], count, FRESH_STEPS, generator)
-    kinds = {"buffer": buffer[chosen].to(study.device), "fresh": fresh}
-    with_noise = {"training images with the training's noise": add_noise(others, noise, source)}
+    model = study.models["jem"]
+    fresh = fresh_chains(checkpoint, model, count, FRESH_STEPS, generator)
+    chains = {"buffer": buffer[chosen].to(study.device), "fresh": fresh}
+    clean = {kind: cleaned(checkpoint, model, x, generator) for kind, x in chains.items()}
+    kinds = {"training images with the training's noise": add_noise(others, noise, source)}
+    for kind, x in chains.items():
+        kinds |= {kind: x, f"{kind}, cleaned": clean[kind]}
     judged = {}
     for name, yardstick in study.yardsticks(count).items():
         found = {"training images": yardstick.judge_features(yardstick.training)}
-        for kind, images in {**with_noise, **kinds}.items():
+        for kind, images in kinds.items():
             if len(images) == count:
                 found[kind] = yardstick.judge_images(images)
         judged[name] = {
@@ -49,14 +54,14 @@ def measure(study: Study) -> dict[str, Any]:
 
     few, everything = min(count, study.sizes["nearest"]), train.to(study.device)
     distances, indices = {}, {}
-    for kind, images in {**kinds, "test images": test.to(study.device)}.items():
+    for kind, images in {**clean, "test images": test.to(study.device)}.items():
         far, which = sample_metrics.nearest(images[:few].clamp(-1, 1), everything)
         distances[kind], indices[kind] = torch.tensor(far), torch.tensor(which)
     dozen = torch.randperm(few, generator=source)[:12]
-    pairs = torch.cat([kinds["fresh"][dozen].cpu(), train[indices["fresh"][dozen]]])
+    pairs = torch.cat([clean["fresh"][dozen].cpu(), train[indices["fresh"][dozen]]])
     plots.save_grid(pairs, study.folder / "nearest.png", columns=12)
     plots.save_distances(distances, study.folder / "nearest-distances.png")
-    for kind, images in kinds.items():
+    for kind, images in clean.items():
         plots.save_grid(images[:64], study.folder / f"{kind}.png")
     return {
         "images": count,
@@ -94,6 +99,7 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             f"training images ({floors}); its deviation stands behind each ratio. Fresh chains "
             f"start in the restart distribution and take {found['fresh_steps']} steps. The density "
             "is that of training images with noise, so their row is what chains can come down to. "
+            "Cleaned: after one more step, without noise, as sample.py ends and the figures show. "
             "A buffer of too few chains, as of a checkpoint made small, is not judged.",
             table([*header, "class entropy / ln K"], rows),
             "L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of at "

@@ -188,19 +188,32 @@ def extend(
     generator: torch.Generator,
     labels: Tensor | None = None,
     callback: Callable | None = None,
+    without_noise: bool = False,
 ) -> Tensor:
     """Run chains on as in training: on E(x), or with labels (N,) on E(x, y)."""
+    langevin = langevin_from(checkpoint)
     return run_chains(
         energy_of(model, pick_precision("auto", generator.device)),
         x,
         steps,
-        langevin_from(checkpoint),
+        langevin.without_noise() if without_noise else langevin,
         labels=labels,
         module=model,
         chunk_size=2500 if generator.device.type == "cuda" else 500,
         generator=generator,
         callback=callback,
     )
+
+
+def cleaned(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    x: Tensor,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Return chains after one more step, without noise, which is how sample.py shows them."""
+    return extend(checkpoint, model, x, 1, generator, labels, without_noise=True)
 
 
 def starts(
