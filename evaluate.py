@@ -169,8 +169,8 @@ def summary(found: dict[str, Any]) -> str:
         ece = percent(row["calibration"]["ece"])
         lines.append(f"{name}: accuracy {percent(row['accuracy'])}, ECE {ece}")
     for name, judge in found["samples"]["judges"].items():
-        chains = {kind: row for kind, row in judge["kinds"].items() if kind in ("buffer", "fresh")}
-        ratios = ", ".join(f"{kind} {ratio(row)}" for kind, row in chains.items())
+        rows = {kind: row for kind, row in judge["kinds"].items() if "training" not in kind}
+        ratios = "; ".join(f"{kind} {ratio(row)}" for kind, row in rows.items())
         lines.append(f"times the Fréchet floor, judge {name}: {ratios}")
     return "\n".join(lines)
 

@@ -425,6 +425,12 @@ MEASUREMENT: Group = (
             "images attacked; without it 500 (on a GPU 1000), with --quick 60 (120)",
         ),
         JUDGES,
+        flag(
+            "--fid",
+            bool,
+            "also measure the FID, over the Inception features that torchmetrics has if "
+            "torch-fidelity is installed and its weights can be downloaded",
+        ),
         flag("--quick", bool, "smaller samples and fewer attacks: an answer within a minute"),
     ),
 )

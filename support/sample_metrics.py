@@ -45,6 +45,35 @@ def frechet_distance(features_a: Values, features_b: Values) -> float:
     return max(distance.compute().item(), 0.0)
 
 
+def inception_distances(
+    reference: Tensor, kinds: dict[str, Tensor], network: int | nn.Module = 2048, chunk: int = 100
+) -> dict[str, float]:
+    """Return the FID of each kind of images: the Fréchet distance over Inception's features.
+
+    reference, and each of kinds: (N, C, H, W) float, pixels in [-1, 1], C 1 or 3, on one device;
+    each N >= 2. network: the width of torchmetrics' Inception layer, or a module with num_features.
+    Raises ImportError without torch-fidelity, OSError if the weights cannot be downloaded.
+    Source: Heusel et al. 2017, arXiv 1706.08500.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    distance: Any = FrechetInceptionDistance(network, reset_real_features=False)
+    distance.to(reference.device)
+
+    def see(images: Tensor, real: bool) -> None:
+        for part in images.split(chunk):
+            pixels = part.clamp(-1, 1).add(1).mul(127.5).round().byte()  # as in a picture file
+            distance.update(pixels.expand(-1, 3, -1, -1), real=real)
+
+    see(reference, real=True)
+    found = {}
+    for kind, images in kinds.items():
+        see(images, real=False)
+        found[kind] = distance.compute().item()
+        distance.reset()
+    return found
+
+
 def precision_recall(
     features_real: Values, features_fake: Values, k: int = 3, chunk: int = 1000
 ) -> dict[str, float]:

@@ -190,6 +190,46 @@ def test_long_chains_are_one_run_whose_first_row_is_the_restart_distribution(
         assert row["cleaned"] == pytest.approx(distance / rows["floor"], rel=1e-3)
 
 
+class FirstPixels(torch.nn.Module):
+    """Stands in for Inception: five pixels of the first channel are the features."""
+
+    num_features = 5
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return x[:, 0].flatten(1)[:, :5].double()
+
+
+def test_the_fid_is_the_frechet_distance_to_all_training_images_of_8_bits():
+    source = generator()
+    train, drawn = (torch.rand(n, 1, 4, 4, generator=source) * 3 - 1.5 for n in (250, 130))
+    found = sample_metrics.inception_distances(
+        train, {"fresh": drawn, "same": train}, FirstPixels()
+    )
+    first, second = (
+        ((x.clamp(-1, 1) + 1) * 127.5).round().flatten(1)[:, :5].double() for x in (train, drawn)
+    )
+    assert found["fresh"] == pytest.approx(sample_metrics.frechet_distance(second, first), rel=1e-6)
+    assert found["same"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_fid_without_its_weights_is_told_and_not_measured(monkeypatch, capsys):
+    train = torch.zeros(4, 1, 4, 4)
+    assert samples._fid(train, {"fresh": train}, wanted=False) == {}
+
+    def offline(*_):
+        raise OSError("no connection to the weights\nand more")
+
+    monkeypatch.setattr(sample_metrics, "inception_distances", offline)
+    found = samples._fid(train, {"fresh": train}, wanted=True)
+    assert found == {"no_fid": "no connection to the weights"}
+    assert capsys.readouterr().err == "--fid: no connection to the weights; going on without\n"
+    assert samples._words_of_fid(found) == ["FID: not measured (no connection to the weights)."]
+    shown = samples._words_of_fid({"images": 4, "fid": {"fresh": 12.3}})
+    assert "4 images" in shown[0] and "fresh 12.30" in shown[0]
+    assert samples._words_of_fid({}) == []
+
+
 def test_the_floor_is_the_mean_over_eight_draws_of_as_many_training_images(networks, digits):
     judge, reference = networks["convmixer"], digits.test.images[:60]
     yardstick = study.Yardstick(judge, reference, digits.train.images)
@@ -216,7 +256,7 @@ def test_samples_are_judged_against_the_floor_with_their_own_precision_and_recal
     few = {**checkpoint, "buffer": {**checkpoint["buffer"]}}
     few["buffer"]["images"] = digits.train.images[:1].expand(200, -1, -1, -1)  # one picture
     seen = (digits, few, models, networks, ({}, {}, []), tmp_path)
-    measured = samples.measure(study.Study(Namespace(seed=0), sizes, CPU, *seen))
+    measured = samples.measure(study.Study(Namespace(seed=0, fid=False), sizes, CPU, *seen))
     for judge in measured["judges"].values():
         kinds = judge["kinds"]
         assert kinds["buffer"]["precision"] == 1 and kinds["buffer"]["recall"] < 0.2

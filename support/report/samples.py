@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sgld_nrg.support import plots, sample_metrics
 from sgld_nrg.support.augment import add_noise
+from sgld_nrg.support.errors import first_line
 from sgld_nrg.support.presets import FRESH_STEPS
 from sgld_nrg.support.report.study import Study, cleaned, fresh_chains
 from sgld_nrg.support.report.words import ratio, table, worse_first
@@ -39,12 +42,11 @@ def measure(study: Study) -> dict[str, Any]:
     kinds = {"training images with the training's noise": add_noise(others, noise, source)}
     for kind, x in chains.items():
         kinds |= {kind: x, f"{kind}, cleaned": clean[kind]}
+    kinds = {kind: images for kind, images in kinds.items() if len(images) == count}
     judged = {}
     for name, yardstick in study.yardsticks(count).items():
         found = {"training images": yardstick.judge_features(yardstick.training)}
-        for kind, images in kinds.items():
-            if len(images) == count:
-                found[kind] = yardstick.judge_images(images)
+        found |= {kind: yardstick.judge_images(images) for kind, images in kinds.items()}
         judged[name] = {
             "floor": yardstick.floor,
             "floor_deviation": yardstick.deviation,
@@ -52,7 +54,9 @@ def measure(study: Study) -> dict[str, Any]:
             "kinds": found,
         }
 
-    few, everything = min(count, study.sizes["nearest"]), train.to(study.device)
+    everything = train.to(study.device)
+    fid = _fid(everything, kinds, study.args.fid)
+    few = min(count, study.sizes["nearest"])
     distances, indices = {}, {}
     for kind, images in {**clean, "test images": test.to(study.device)}.items():
         far, which = sample_metrics.nearest(images[:few].clamp(-1, 1), everything)
@@ -67,11 +71,24 @@ def measure(study: Study) -> dict[str, Any]:
         "images": count,
         "fresh_steps": FRESH_STEPS,
         "judges": judged,
+        **fid,
         "distance_to_nearest_training_image": {
             kind: {"median": float(far.median()), "smallest": float(far.min()), "images": few}
             for kind, far in distances.items()
         },
     }
+
+
+def _fid(train: Tensor, kinds: dict[str, Tensor], wanted: bool) -> dict[str, Any]:
+    """Return the FID of each kind of images to the training images, or why there is none."""
+    if not wanted:
+        return {}
+    try:
+        kinds = {kind: images.to(train.device) for kind, images in kinds.items()}
+        return {"fid": sample_metrics.inception_distances(train, kinds)}
+    except (ImportError, OSError) as error:
+        print(f"--fid: {first_line(error)}; going on without", file=sys.stderr, flush=True)
+        return {"no_fid": first_line(error)}
 
 
 def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
@@ -102,6 +119,7 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             "Cleaned: after one more step, without noise, as sample.py ends and the figures show. "
             "A buffer of too few chains, as of a checkpoint made small, is not judged.",
             table([*header, "class entropy / ln K"], rows),
+            *_words_of_fid(found),
             "L2 distance to the nearest training image, pixels on [-1, 1], median / smallest of at "
             f"most {near['fresh']['images']}: "
             + ", ".join(
@@ -115,3 +133,16 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
             "![Distances to the nearest training image](nearest-distances.png)",
         ]
     )
+
+
+def _words_of_fid(found: dict[str, Any]) -> list[str]:
+    """Return what --fid brought, in no or one paragraph."""
+    if "no_fid" in found:
+        return [f"FID: not measured ({found['no_fid']})."]
+    if "fid" not in found:
+        return []
+    rows = ", ".join(f"{kind} {value:.2f}" for kind, value in found["fid"].items())
+    return [
+        f"FID, Inception's features, {found['images']} images of each kind to all training "
+        f"images: {rows}."
+    ]
