@@ -22,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -97,11 +98,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def train(
-    args: Namespace, name: str, more: str, seed: int, cores: list[int]
+    args: Namespace, name: str, more: str, seed: int, cores: list[int], stop: threading.Event
 ) -> tuple[int, list[Path]]:
     """Run train_jem.py under the budget and keep a copy of its checkpoint every --save-minutes.
 
-    Returns the exit code and the copies' paths.
+    stop: ends the training when set; then no record says that it is done. Returns the exit code and
+    the copies' paths.
     """
     # quoted, so that two names have two folders
     folder = Path(args.out_dir) / "runs" / f"{quote(name, safe='')}-seed-{seed}"
@@ -133,6 +135,8 @@ def train(
             os.sched_setaffinity(process.pid, cores)
         ended = False
         while not ended:
+            if stop.is_set():
+                process.terminate()
             ended = process.poll() is not None
             # a training also saves at each epoch's end
             due = ended or time.monotonic() > last + 60 * args.save_minutes
@@ -143,6 +147,8 @@ def train(
             if not ended:
                 time.sleep(0.2)
     code = process.returncode
+    if stop.is_set():
+        return code, kept
     record.write_text(json.dumps({"settings": settings, "exit_code": code}) + "\n")
     print(f"{name}, seed {seed}: exit code {code}, {len(kept)} checkpoints", flush=True)
     return code, kept
@@ -299,12 +305,17 @@ def main(args: Namespace) -> None:
     shares = [cores[job :: args.jobs] or cores for job in range(args.jobs)]
     wanted = [(name, more, seed) for name, more in args.variant for seed in args.seeds]
 
+    stop = threading.Event()
+
     def work(job: int) -> list[tuple[int, int, list[Path]]]:
-        mine = range(job, len(wanted), args.jobs)
-        return [(index, *train(args, *wanted[index], shares[job])) for index in mine]
+        mine = (index for index in range(job, len(wanted), args.jobs) if not stop.is_set())
+        return [(index, *train(args, *wanted[index], shares[job], stop)) for index in mine]
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        trained = sorted(itertools.chain.from_iterable(pool.map(work, range(args.jobs))))
+        try:
+            trained = sorted(itertools.chain.from_iterable(pool.map(work, range(args.jobs))))
+        finally:
+            stop.set()  # after a signal the pool waits for trainings, which are to end
     dataset, device = load(args.dataset, args.data_dir), pick_device(args.device)
     judges(dataset, Path(args.judges), device, Alone())  # trained once, before the measurements
     if args.test:

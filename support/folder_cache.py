@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ STEM = ".sgld-nrg-cache"
 NAME = f"{STEM}.npz"
 VERSION = 1  # of what is kept, and of how files become pixels: one more with either
 MOST_BYTES = 2**30  # a folder is not filled unasked with more than this
+LEFT = 3600  # seconds after which a temporary file is one that a killed run left
 
 
 class Kept(NamedTuple):
@@ -87,6 +89,9 @@ def save(root: Path, key: str, kept: Mapping[str, Kept]) -> None:
     arrays |= {"key": np.array(key), "words": np.array(words)}
     temporary = root / f"{STEM}.{os.getpid()}.tmp"
     try:
+        for left in root.glob(f"{STEM}.*.tmp"):
+            if time.time() - left.stat().st_mtime > LEFT:
+                left.unlink()
         try:
             with temporary.open("wb") as file:
                 np.savez(file, **arrays)

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import runpy
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -232,10 +233,20 @@ def test_a_training_that_is_recorded_is_not_repeated_unless_its_flags_changed(
     point.touch()
     settings = {"dataset": "mnist", "seed": 3, "minutes": 2, "flags": "--width 9"}
     (folder / "training.json").write_text(json.dumps({"settings": settings, "exit_code": 1}))
-    assert time_to_quality.train(args, "wide", "--width 9", 3, [0]) == (1, [point])
+    go_on = threading.Event()
+    assert time_to_quality.train(args, "wide", "--width 9", 3, [0], go_on) == (1, [point])
     with pytest.raises(Started):
-        time_to_quality.train(args, "wide", "--width 10", 3, [0])
+        time_to_quality.train(args, "wide", "--width 10", 3, [0], go_on)
     assert not point.exists()
+
+
+def test_a_training_that_is_stopped_ends_and_is_not_recorded(tmp_path, time_to_quality):
+    args = time_to_quality.parse(["--dataset", "digits", "--out-dir", str(tmp_path)])
+    stop = threading.Event()
+    stop.set()
+    code, kept = time_to_quality.train(args, "long", "", 0, [0], stop)
+    assert code != 0 and kept == []
+    assert not (tmp_path / "runs" / "long-seed-0" / "training.json").exists()
 
 
 def test_the_step_is_timed_beside_the_papers_and_the_machines_limit(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 import zipfile
 
 import numpy as np
@@ -402,6 +403,15 @@ def test_more_than_a_folder_is_filled_with_unasked_is_not_kept(many, mine, monke
         monkeypatch.setattr(folder_cache, "MOST_BYTES", most)
         data.load("folder", mine)
         assert cache_of(mine).exists() == (most == count)
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(many, mine):
+    old, new = (mine / f"{folder_cache.STEM}.{number}.tmp" for number in (7, 8))
+    for path in (old, new):
+        path.write_bytes(b"not finished")
+    os.utime(old, (time.time() - 7200,) * 2)
+    data.load("folder", mine)
+    assert not old.exists() and new.exists()
 
 
 def test_the_file_is_no_class_no_picture_and_not_told_of(many, mine, tmp_path, capsys):
