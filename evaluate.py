@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sgld_nrg.models import load_model
 from sgld_nrg.support import looks
-from sgld_nrg.support.checkpoints import Checkpoint, load_checkpoint, output_folder
+from sgld_nrg.support.checkpoints import Checkpoint, has_density, load_checkpoint, output_folder
 from sgld_nrg.support.commands import command_line
 from sgld_nrg.support.data import Dataset
 from sgld_nrg.support.devices import pick_device
@@ -120,7 +120,7 @@ def _compared(name: str, dataset: Dataset, args: Namespace) -> Checkpoint | None
             f"{str(path)!r} was trained on {found['dataset']}, the JEM on {dataset.name}: "
             f"name another --{name}"
         )
-    if name == "control" and (found["args"]["p_x_weight"] or found["args"]["p_xy_weight"]):
+    if name == "control" and has_density(found["args"]):
         raise UserError(
             f"{str(path)!r} has a density, so it is no control: train one with --p-x-weight 0, "
             "or name another --control"

@@ -30,7 +30,7 @@ from sgld_nrg.models import joint_energy, marginal_energy, predict
 from sgld_nrg.sgld import Langevin
 from sgld_nrg.support.attacks import single_step
 from sgld_nrg.support.augment import add_noise, augmented, recast
-from sgld_nrg.support.checkpoints import Checkpoint
+from sgld_nrg.support.checkpoints import Checkpoint, has_density
 from sgld_nrg.support.detector import detector_for
 from sgld_nrg.support.errors import exits_cleanly
 from sgld_nrg.support.guard import Guard, Healthy, largest_gap
@@ -199,7 +199,7 @@ def iteration(
     """
     args, generator = run.settings, run.generator
     class_conditional = args.p_xy_weight > 0
-    density = class_conditional or args.p_x_weight > 0  # else the cross-entropy is all
+    density = has_density(vars(args))  # else the cross-entropy is all
 
     # negative samples: persistent chains, moved on by some Langevin steps
     parts = {}
@@ -316,7 +316,7 @@ def train(
     chains = (args.long_chains, args.long_share)
     buffer = ReplayBuffer(args.buffer_size, restart, args.reinit_prob, device, source, *chains)
     guard, checkpoint = Guard(), resumed
-    guarded = not args.no_guard and (args.p_x_weight > 0 or args.p_xy_weight > 0)
+    guarded = not args.no_guard and has_density(vars(args))
     if resumed:
         buffer.load_state_dict(resumed["buffer"])
         guard.load_state_dict(resumed["guard"])

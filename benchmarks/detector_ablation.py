@@ -23,6 +23,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 
 from sgld_nrg.models import load_model, predict
 from sgld_nrg.support import flags
+from sgld_nrg.support.augment import add_noise
 from sgld_nrg.support.checkpoints import load_checkpoint, read_state
 from sgld_nrg.support.detector import MOST_REFERENCE, Detector, Mixture, Ranks, quantities
 from sgld_nrg.support.errors import UserError, exits_cleanly
@@ -78,7 +79,7 @@ def _drawn(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _noisy(images: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    return (images + std * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+    return add_noise(images, std, generator).clamp(-1, 1)
 
 
 COLUMNS = ("model", "judged", "kind", "set", "auroc", "unfamiliar")

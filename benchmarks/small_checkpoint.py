@@ -33,7 +33,8 @@ FLAGS = (
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Read a list of arguments, or the command line's."""
-    return Parser(__doc__, (("checkpoint", FLAGS),), commands.beside_checkpoint).parse(argv)
+    parser = Parser(__doc__, (("checkpoint", FLAGS),), commands.beside_checkpoint)
+    return parser.parse_with_out(argv)
 
 
 def small(checkpoint: dict[str, Any], directions: int, rank: int, chains: int) -> dict[str, Any]:
@@ -67,8 +68,6 @@ def main(args: Namespace) -> None:
     checkpoint, path = checkpoints.load_checkpoint(args.checkpoint, "jem"), Path(args.out)
     if path.exists():
         raise UserError(f"{args.out!r} is there already: remove it, or name another with --out")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --out {args.out!r}: make it, or name another")
     state = small(checkpoint, args.directions, args.rank, args.chains)
     checkpoints.save_checkpoint(path, "jem", **state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -31,6 +31,7 @@ MODELS = {"jem": "JEM", "control": "attacks alone", "classifier": "plain classif
 JUDGES = {"convmixer": "ConvMixer", "vgg": "VGG"}  # the one that finds larger ratios first
 IN_TRAINING = ("constant", "black", "white", "inverted")  # among the outliers of a JEM's training
 NOISY = "training images with the training's noise"
+CLEANED = "fresh, cleaned"
 FIRST_RADII = {"linf": "L∞ 0.1", "l2": "L2 1.5"}
 # What the presets of MNIST and of the paper's run differ in, and why.
 DIFFERENCES = {
@@ -167,7 +168,7 @@ def shipped(reports: dict[str, Report]) -> str:
 
     fresh = {
         what: joined(*(cells(sampled(judge, kind), 1) for judge in JUDGES))
-        for what, kind in (("fresh", "fresh"), ("cleaned", "fresh, cleaned"))
+        for what, kind in (("fresh", "fresh"), ("cleaned", CLEANED))
     }
     judges = " / ".join(JUDGES.values())
     rows = [
@@ -338,6 +339,7 @@ def in_sentences(mnist: list[Report], fashion: list[Report], ships: Report) -> d
         "changed": between(100 * value(report) for value in changed for report in mnist),
         "fashion-ratios": between(value(report) for value in ratios for report in fashion),
         **{f"noise-{judge}": f"{sampled(judge, NOISY)(ships):.1f}" for judge in JUDGES},
+        **{f"cleaned-{judge}": f"{sampled(judge, CLEANED)(ships):.1f}" for judge in JUDGES},
         "fashion-energy": spread(fashion, auroc("jem", "mnist", "energy")),
     }
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ NEW_FLAGS: dict[str, Any] = {
 }
 
 Checkpoint = dict[str, Any]
+
+
+def has_density(settings: Mapping[str, Any]) -> bool:
+    """Return whether a training with these settings, {flag: value}, models p(x) or p(x, y)."""
+    return settings["p_x_weight"] > 0 or settings["p_xy_weight"] > 0
 
 
 def langevin_from(checkpoint: Checkpoint) -> Langevin:

@@ -35,6 +35,8 @@ TESTS = {  # file: the test files that answer for it, the quickest first; of two
     "predict.py": "predict",
     "evaluate.py": "evaluate",
     "support/attacks.py": "single_step attacks",
+    "support/ball.py": "single_step attacks",
+    "support/square.py": "attacks",
     "support/metrics.py": "metrics",
     "support/sample_metrics.py": "metrics",
     "support/ood.py": "evaluate images",

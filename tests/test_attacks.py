@@ -11,19 +11,13 @@ from torch import nn
 from sgld_nrg.models import build_model, load_model, marginal_energy
 from sgld_nrg.sgld import Langevin, langevin_step, run_chains
 from sgld_nrg.support import attacks, data
-from sgld_nrg.support.attacks import (
-    LOSSES,
-    NORMS,
-    THROUGH,
-    apgd,
-    refined,
-    single_step,
-    square,
-    strongest,
-)
+from sgld_nrg.support import square as square_module
+from sgld_nrg.support.attacks import LOSSES, THROUGH, apgd, refined, single_step, strongest
+from sgld_nrg.support.ball import NORMS
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.report.study import FULL
+from sgld_nrg.support.square import square
 
 ATTACKS = [apgd, strongest, square]
 
@@ -594,7 +588,7 @@ def test_squares_use_the_whole_ball_and_come_near_the_worst_image(norm, channels
 @pytest.mark.parametrize("norm, name", [("linf", "_squares"), ("l2", "_pyramids")])
 def test_squares_shrink_by_the_share_of_the_queries_that_are_spent(norm, name, monkeypatch):
     shares = []
-    monkeypatch.setattr(attacks, name, lambda delta, share, *_: shares.append(share) or delta)
+    monkeypatch.setattr(square_module, name, lambda delta, share, *_: shares.append(share) or delta)
     x, labels = torch.zeros(2, 1, 5, 5), torch.ones(2, dtype=torch.int64)
     square(Linear((1, 5, 5), bias=100), x, labels, norm, 0.1, queries=100)
     firsts = [shares.index(share) for share in sorted(set(shares), reverse=True)]
@@ -606,7 +600,7 @@ def test_each_image_gets_its_own_square_and_all_places_have_their_turn():
     changed = torch.zeros(6, 5)
     for seed in range(40):
         delta = torch.zeros(8, 1, 6, 5)
-        moved = attacks._squares(delta, 0.13, 1.0, generator(seed))[:, 0] != 0
+        moved = square_module._squares(delta, 0.13, 1.0, generator(seed))[:, 0] != 0
         assert (moved.flatten(1).sum(1) == 4).all()
         assert len({tuple(each.flatten().tolist()) for each in moved}) > 1
         changed += moved.sum(0)

@@ -5,7 +5,8 @@ import torch
 from conftest import generator
 from torch.nn.functional import cross_entropy, linear, normalize
 
-from sgld_nrg.support.attacks import NORMS, single_step
+from sgld_nrg.support.attacks import single_step
+from sgld_nrg.support.ball import NORMS
 
 EPS = 0.05
 RADIUS = 2 * EPS  # in pixels on [-1, 1]; eps is in pixels on [0, 1]

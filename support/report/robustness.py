@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from sgld_nrg.models import energy_of
 from sgld_nrg.support import metrics, plots
-from sgld_nrg.support.attacks import THROUGH, Attack, Logits, refined, square, strongest
+from sgld_nrg.support.attacks import THROUGH, refined, strongest
+from sgld_nrg.support.ball import Attack, Logits
 from sgld_nrg.support.checkpoints import langevin_from
 from sgld_nrg.support.report.study import PRECISION, Study
 from sgld_nrg.support.report.words import interval, table
+from sgld_nrg.support.square import square
 
 ATTACK_BATCH = 500  # images attacked at once
 STRONGER = 3  # times as many starts and targets, of twice as many steps, check an attack
@@ -116,7 +118,7 @@ def survivors(
     by: Callable[..., Attack] = strongest,
     **settings: Any,
 ) -> Tensor:
-    """Return whether each image survives an attack of support/attacks.py, (N,) bool, in batches."""
+    """Return whether each image survives the attack `by`, (N,) bool, in batches."""
     settings |= {"generator": torch.Generator(images.device).manual_seed(seed), "module": module}
     batches = zip(images.split(ATTACK_BATCH), labels.split(ATTACK_BATCH), strict=True)
     return torch.cat([by(logits_of, x, y, norm, epsilon, **settings).correct for x, y in batches])
