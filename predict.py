@@ -38,6 +38,7 @@ from sgld_nrg.support.images import FilePictures, Pictures, open_pictures, read_
 from sgld_nrg.support.log import replacing, report_files
 from sgld_nrg.support.origin import class_names, dataset_of
 from sgld_nrg.support.pixels import to_unit
+from sgld_nrg.support.report.words import counted
 
 COLUMNS = ("name", "label", "probability", "label_set", "energy", "p_value")
 CHUNK_SIZE = 250  # pictures in memory at once
@@ -174,7 +175,8 @@ def main(args: Namespace) -> None:
                 table = csv.writer(file)
                 table.writerow(COLUMNS)
                 for path, found in sources.items():
-                    print(f"{path}: {len(found)} pictures ({found.words})", flush=True)
+                    pictures = counted(len(found), "picture")
+                    print(f"{path}: {pictures} ({found.words})", flush=True)
                     indices = range(len(found))[: DRY_RUN if args.dry_run else None]
                     for start in indices[::CHUNK_SIZE]:
                         chunk = indices[start : start + CHUNK_SIZE]

@@ -52,6 +52,7 @@ from sgld_nrg.support.origin import class_names, dataset_of, named
 from sgld_nrg.support.parallel import Alone, nth_seed, processes
 from sgld_nrg.support.pixels import array_writer
 from sgld_nrg.support.presets import FRESH_STEPS
+from sgld_nrg.support.report.words import counted
 from sgld_nrg.support.restarts import restart_from_state
 
 DENOISING_STEPS = 10
@@ -175,7 +176,8 @@ class Chains:
             found = open_pictures(Path(args.from_images), reading_from(args))
             count = min(args.num, len(found))
             shape = "x".join(map(str, self.shape))
-            print(f"read {count} of {len(found)} pictures ({found.words}) as {shape}")
+            pictures = counted(len(found), "picture")
+            print(f"read {count} of {pictures} ({found.words}) as {shape}")
             return read_all(found, range(count), self.shape)
         return dataset_of(self.checkpoint, args).test.images[: args.num]
 

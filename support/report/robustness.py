@@ -16,7 +16,7 @@ from sgld_nrg.support.attacks import THROUGH, refined, strongest
 from sgld_nrg.support.ball import Attack, Logits
 from sgld_nrg.support.checkpoints import langevin_from
 from sgld_nrg.support.report.study import PRECISION, Study
-from sgld_nrg.support.report.words import interval, table
+from sgld_nrg.support.report.words import counted, interval, table
 from sgld_nrg.support.square import square
 
 ATTACK_BATCH = 500  # images attacked at once
@@ -202,14 +202,14 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
     parts = [
         "## Adversarial robustness",
         f"Auto-PGD of {sizes['attack_steps']} steps on the cross-entropy, "
-        f"{_counted(sizes['random_starts'], 'random start')}, then on the logits of the likeliest "
-        f"wrong classes of what stands, {_counted(sizes['targets'], 'target')}; "
+        f"{counted(sizes['random_starts'], 'random start')}, then on the logits of the likeliest "
+        f"wrong classes of what stands, {counted(sizes['targets'], 'target')}; "
         f"{sizes['attacked']} test images at most; ε on pixels in [0, 1]. What is broken at a "
         f"smaller ε stays so. jem-{steps} is the JEM behind {steps} Langevin steps: there an image "
         "counts only if it survives three such attacks, whose gradient goes around the steps (a "
         "transfer from the JEM), straight through them and through each of them "
         f"({sizes['refined_attack_steps']} attack steps, 1 target, "
-        f"{_counted(sizes['refined_draws'], 'draw')} of the noise, {sizes['refined']} images).",
+        f"{counted(sizes['refined_draws'], 'draw')} of the noise, {sizes['refined']} images).",
     ]
     for norm, models in found["curves"].items():
         cells = {name: {row["epsilon"]: row for row in rows} for name, rows in models.items()}
@@ -227,10 +227,6 @@ def words(found: dict[str, Any], sizes: dict[str, Any]) -> str:
         parts.append(_about_the_attack(found["checks"][norm]))
     parts.append("![Accuracy against ε](robustness.png)")
     return "\n\n".join(parts)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _behind_the_steps(rows: list[dict[str, Any]], steps: int) -> str:

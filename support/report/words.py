@@ -1,4 +1,4 @@
-"""How numbers are written in the report."""
+"""How numbers are written in the report and on the terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 def percent(value: float) -> str:
     """Return a share as a percentage with two digits."""
     return f"{100 * value:.2f} %"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and its noun, in the plural unless the number is 1."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def interval(pair: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
