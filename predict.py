@@ -34,7 +34,8 @@ from sgld_nrg.support.checkpoints import Checkpoint, load_checkpoint, output_fol
 from sgld_nrg.support.detector import Detector, detector_for
 from sgld_nrg.support.devices import pick_device
 from sgld_nrg.support.errors import UserError, exits_cleanly
-from sgld_nrg.support.images import FilePictures, Pictures, open_pictures, read_all, reading_from
+from sgld_nrg.support.image_files import FilePictures
+from sgld_nrg.support.images import Pictures, open_pictures, read_all, reading_from
 from sgld_nrg.support.log import replacing, report_files
 from sgld_nrg.support.origin import class_names, dataset_of
 from sgld_nrg.support.pixels import to_unit

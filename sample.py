@@ -46,12 +46,13 @@ from sgld_nrg.support.checkpoints import Checkpoint, langevin_from, load_checkpo
 from sgld_nrg.support.commands import CONDITIONS
 from sgld_nrg.support.devices import pick_device, pick_precision
 from sgld_nrg.support.errors import UserError, exits_cleanly
-from sgld_nrg.support.images import AS_FOUND, Reading, open_pictures, read_all, reading_from
+from sgld_nrg.support.images import open_pictures, read_all, reading_from
 from sgld_nrg.support.log import report_files
 from sgld_nrg.support.origin import class_names, dataset_of, named
 from sgld_nrg.support.parallel import Alone, nth_seed, processes
 from sgld_nrg.support.pixels import array_writer
 from sgld_nrg.support.presets import FRESH_STEPS
+from sgld_nrg.support.reading import AS_FOUND, Reading
 from sgld_nrg.support.report.words import counted
 from sgld_nrg.support.restarts import restart_from_state
 

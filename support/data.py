@@ -31,8 +31,8 @@ from torch import Tensor
 
 from sgld_nrg.support.errors import UserError, first_line
 from sgld_nrg.support.folders import Part, read_labelled
-from sgld_nrg.support.images import AS_FOUND, Reading
 from sgld_nrg.support.pixels import from_bytes, to_model
+from sgld_nrg.support.reading import AS_FOUND, Reading
 
 SPLIT_SEED = 0
 # name: (class in torchvision.datasets, its arguments, those of the training and the test part)

@@ -84,7 +84,7 @@ OUTPUT = (
     flag("--dry-run", bool, "go through everything in a few iterations and keep no file"),
 )
 
-# How pictures are read when what they hold leaves it open; images.Reading.
+# How pictures are read when what they hold leaves it open; reading.Reading.
 READING = (
     flag(
         "--pixel-range",

@@ -16,22 +16,11 @@ from torch import Tensor
 
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.folder_cache import Kept, is_cache, key_of, load, save
-from sgld_nrg.support.images import (
-    SUFFIXES,
-    ArrayPictures,
-    FilePictures,
-    Look,
-    Pictures,
-    Reading,
-    array_in,
-    files_in,
-    look,
-    look_closely,
-    read_all,
-    room_for,
-)
+from sgld_nrg.support.image_files import SUFFIXES, FilePictures, Look, files_in, look, look_closely
+from sgld_nrg.support.images import ArrayPictures, Pictures, array_in, read_all, room_for
 from sgld_nrg.support.parallel import over_cores
 from sgld_nrg.support.pixels import from_bytes
+from sgld_nrg.support.reading import Reading
 
 MANY = 2000  # files: from here on a pool of processes reads them, and they are kept in one file
 CHUNK = 64  # files that a process reads at a time: few enough for the memory, whatever their size

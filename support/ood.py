@@ -15,15 +15,9 @@ from torch.nn.functional import avg_pool2d, max_pool2d, pad
 from sgld_nrg.support.augment import add_noise
 from sgld_nrg.support.data import TORCHVISION, raw_images, torchvision_part
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.images import (
-    AS_FOUND,
-    ArrayPictures,
-    Pictures,
-    Reading,
-    open_pictures,
-    read_all,
-)
+from sgld_nrg.support.images import ArrayPictures, Pictures, open_pictures, read_all
 from sgld_nrg.support.pixels import from_bytes, to_unit
+from sgld_nrg.support.reading import AS_FOUND, Reading
 
 
 def _uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:

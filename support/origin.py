@@ -9,7 +9,8 @@ from typing import Any
 from sgld_nrg.support.data import Dataset, load
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.flags import DATA_DIR
-from sgld_nrg.support.images import Reading, reading_from
+from sgld_nrg.support.images import reading_from
+from sgld_nrg.support.reading import Reading
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str]:

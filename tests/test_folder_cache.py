@@ -14,7 +14,9 @@ from PIL import Image
 
 from sgld_nrg.support import data, folder_cache, folders, images
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.images import Reading, open_pictures
+from sgld_nrg.support.image_files import FilePictures
+from sgld_nrg.support.images import open_pictures
+from sgld_nrg.support.reading import AS_FOUND, Reading
 
 SIZES = {"ant": 30, "bee": 24}
 
@@ -166,19 +168,19 @@ def test_many_files_are_read_as_few_are_and_as_each_by_itself(many, name, tmp_pa
         if name in REFUSED:
             assert REFUSED[name] in found and not cache_of(root).exists()
             continue
-        whole = folders.read_labelled(root, image_size, images.AS_FOUND).parts[""].images
+        whole = folders.read_labelled(root, image_size, AS_FOUND).parts[""].images
         whole = whole.div(255).mul(2).sub(1) if whole.dtype == torch.uint8 else whole
         capsys.readouterr()
         paths = sorted((root / "ant").glob("[0-9]*")) + sorted((root / "bee").glob("[0-9]*"))
         for path, row in zip(paths, whole, strict=True):
-            alone = images.FilePictures([path], images.AS_FOUND).read(0, whole.shape[1:])
+            alone = FilePictures([path], AS_FOUND).read(0, whole.shape[1:])
             assert torch.equal(alone.mul(2).sub(1), row), path
 
 
 def test_bytes_stay_bytes_until_they_are_split(mine):
-    for part in folders.read_labelled(mine, None, images.AS_FOUND).parts.values():
+    for part in folders.read_labelled(mine, None, AS_FOUND).parts.values():
         assert part.images.dtype == torch.uint8
-    resized = folders.read_labelled(mine, 7, images.AS_FOUND).parts["train"]
+    resized = folders.read_labelled(mine, 7, AS_FOUND).parts["train"]
     assert resized.images.dtype == torch.float32
 
 

@@ -19,11 +19,12 @@ from PIL import Image
 
 from sgld_nrg import sample
 from sgld_nrg.models import load_model
-from sgld_nrg.support import data, images, metrics, ood
+from sgld_nrg.support import data, image_files, images, metrics, ood
 from sgld_nrg.support.commands import parse
 from sgld_nrg.support.detector import detector_for
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.images import Reading, open_pictures, read_all
+from sgld_nrg.support.images import open_pictures, read_all
+from sgld_nrg.support.reading import Reading
 from sgld_nrg.support.report import detection
 
 UNIT = np.random.default_rng(0).random((20, 8, 8))  # grey pictures, black 0 and white 1
@@ -646,9 +647,9 @@ def test_a_header_that_promises_too_many_pixels_is_refused(size, written):
 
 def test_pictures_beyond_the_limit_are_refused(written, monkeypatch):
     path = written("a.png", in_bytes(SQUARE))
-    monkeypatch.setattr(images, "MOST_PIXELS", 64)
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 64)
     assert read(path)[0].shape == (1, 1, 8, 8)
-    monkeypatch.setattr(images, "MOST_PIXELS", 63)
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 63)
     assert "cannot be read as an image" in refusal(path)
 
 

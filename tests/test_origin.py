@@ -16,8 +16,8 @@ from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.commands import SHIPPED, parse
 from sgld_nrg.support.errors import UserError
 from sgld_nrg.support.flags import DATA_DIR
-from sgld_nrg.support.images import Reading
 from sgld_nrg.support.origin import check_same_data, class_names, data_dir_of, dataset_of
+from sgld_nrg.support.reading import Reading
 from sgld_nrg.support.report import study
 
 pytestmark = pytest.mark.usefixtures("no_curves")
