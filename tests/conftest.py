@@ -21,7 +21,7 @@ if SHARED.is_dir():
 os.environ["SGLD_NRG_LOOKS"] = os.devnull  # what tests look at is no one's choice
 
 TINY = ["--dataset", "digits", "--width", "8", "--epochs", "4", "--buffer-size", "200"]
-TINY += ["--warmup-iterations", "20"]
+TINY += ["--warmup-iterations", "20", "--lr", "1e-3", "--chain-batch-size", "64", "--steps", "10"]
 
 
 def run(script, *flags):
