@@ -6,8 +6,8 @@ starts new chains in the training's restart distribution and runs Langevin dynam
 --source buffer shows the persistent chains of the training instead. --class-label and --mixture run
 the chains on the energy of one class or of several, --interpolate leads each chain from one class
 to another. --from-images starts at your own pictures, which --inpaint completes and --denoise
-cleans. A step without noise follows the last, but for --keep-noise. --animate adds a GIF of how it
-came about.
+cleans. Chains end with a step without noise, unless --keep-noise is given. --animate adds a GIF of
+how it came about.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Chains:
         held, between = x, max(steps // FRAMES, 1)
         piece = 1 if self.free is not None else between if watched else max(steps, 1)
         pieces = [(min(piece, steps - start), self.langevin) for start in range(0, steps, piece)]
-        if steps and not (self.args.keep_noise or self.args.denoise):
+        if steps and self.langevin.noise_std and not self.args.keep_noise:
             pieces.append((1, self.langevin.without_noise()))
         if watched:
             self.frames.append(x[:GRID_CHAINS])

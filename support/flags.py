@@ -343,7 +343,7 @@ CHAINS: Group = (
         ),
         flag("--step-size", positive, "multiplies the energy gradient; default the training's"),
         flag("--noise-std", non_negative, "noise of a step, on [-1, 1]; default the training's"),
-        flag("--keep-noise", bool, "let no step without noise follow the last, and keep its noise"),
+        flag("--keep-noise", bool, "do not end with a step without noise, which takes noise off"),
         *SPEED,
         flag("--chunk-size", positive_int, "chains that run at once: it bounds the memory", 250),
     ),

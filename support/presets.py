@@ -62,7 +62,7 @@ def _changed(base: Preset, **changes: Any) -> Preset:
     return {**base, **changes}
 
 
-# The first run that a newcomer makes: half the chains and steps, two thirds of the epochs.
+# For the first run: half the base's chains and steps, two thirds of its epochs.
 DIGITS = _changed(BASE, epochs=40, lr=2e-3, chain_batch_size=32, steps=5)
 MNIST = _changed(
     BASE,

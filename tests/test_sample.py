@@ -210,6 +210,14 @@ def test_a_step_without_noise_follows_the_last_and_takes_noise_off(checkpoint):
     assert after < before
 
 
+def test_without_noise_there_is_none_to_take_off(checkpoint):
+    flags = ("--num", 5, "--steps", 3, "--noise-std", 0)
+    once, again = (
+        next(chains_of(checkpoint, *flags, *more).blocks())[1] for more in (["--keep-noise"], [])
+    )
+    assert torch.equal(once, again)
+
+
 def test_chains_of_no_steps_stay_where_they_start(checkpoint):
     starts, ends, _ = next(chains_of(checkpoint, "--num", 5, "--steps", 0).blocks())
     assert torch.equal(starts, ends)

@@ -22,8 +22,8 @@ def measure(study: Study) -> dict[str, Any]:
     Returns for each judge its floor and, of the buffer's and fresh chains, as they are and after
     a step without noise, what `Yardstick.judge_features` says; of training images the same, of one
     of the floor's draws, and of others with the noise of --input-noise, which is what the density
-    is of; and the distances to the nearest training image, of the chains without noise and of the
-    test set.
+    is of; with --fid also the FID of each kind; and the distances to the nearest training image, of
+    the chains without noise and of the test set.
     """
     dataset, checkpoint = study.dataset, study.checkpoint
     generator, buffer = study.generator(), checkpoint["buffer"]["images"]
