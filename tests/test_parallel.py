@@ -37,6 +37,7 @@ FLAGS = [
     *("--reinit-prob", "0", "--noise-std", "0", "--input-noise", "0", "--steps", "2"),
     *("--precision", "float32", "--optimizer", "sgd", "--lr", "0.05", "--ema-decay", "0"),
     *("--lr-floor", "1", "--warmup-iterations", "0", "--log-every", "10"),
+    *("--chain-batch-size", "64"),  # all of the buffer, so that no draw decides which chains move
 ]
 UNSHARED = ["--batch-size", "63"]
 MISTAKES = [  # flags, and what is said
