@@ -133,10 +133,11 @@ def train(
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, cores)
-        ended = False
+        ended = told = False
         while not ended:
-            if stop.is_set():
-                process.terminate()
+            if stop.is_set() and not told:
+                process.terminate()  # once: a second signal would not let it save
+                told = True
             ended = process.poll() is not None
             # a training also saves at each epoch's end
             due = ended or time.monotonic() > last + 60 * args.save_minutes

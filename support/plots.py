@@ -300,7 +300,13 @@ def legend(figure: Any, axes: Any, ncols: int) -> None:
 
 
 def finish(figure: Any, path: Path) -> None:
-    """Write a figure."""
+    """Write a figure; the powers on its logarithmic axes are written without mathematics."""
+    from matplotlib.ticker import LogFormatter
+
+    for axis in (part for panel in figure.axes for part in (panel.xaxis, panel.yaxis)):
+        if axis.get_scale() == "log":
+            axis.set_major_formatter(LogFormatter())
+            axis.set_minor_formatter(LogFormatter())
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 

@@ -57,7 +57,8 @@ def inception_distances(
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    distance: Any = FrechetInceptionDistance(network, reset_real_features=False)
+    settings: dict[str, Any] = {"reset_real_features": False, "sync_on_compute": False}
+    distance: Any = FrechetInceptionDistance(network, **settings)  # of this process alone
     distance.to(reference.device)
 
     def see(images: Tensor, real: bool) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import generator, run
 from PIL import Image
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from sgld_nrg.models import energy_of, joint_energy, load_model, marginal_energy, predict
 from sgld_nrg.sgld import langevin_step, run_chains
@@ -211,6 +212,23 @@ def test_the_fid_is_the_frechet_distance_to_all_training_images_of_8_bits():
     )
     assert found["fresh"] == pytest.approx(sample_metrics.frechet_distance(second, first), rel=1e-6)
     assert found["same"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_fid_waits_for_no_other_process(monkeypatch):
+    made = []
+
+    class Watched(FrechetInceptionDistance):
+        """Remembers what is made."""
+
+        def __init__(self, *values, **settings):
+            super().__init__(*values, **settings)
+            made.append(self)
+
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", Watched)
+    images = torch.rand(8, 1, 4, 4, generator=generator())
+    sample_metrics.inception_distances(images, {"fresh": images}, FirstPixels())
+    sample_metrics.frechet_distance(images.flatten(1), images.flatten(1))
+    assert len(made) == 2 and not any(metric.sync_on_compute for metric in made)
 
 
 def test_a_fid_without_its_weights_is_told_and_not_measured(monkeypatch, capsys):

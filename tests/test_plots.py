@@ -40,3 +40,17 @@ def test_a_histogram_shows_each_set_in_its_place_and_what_lies_beyond_at_the_edg
         assert baseline == place and values.max() == pytest.approx(place + 0.9)
         assert edges[0] == -1.5 and edges[-1] == 2.5
     assert [steps[2].values.argmax(), steps[1].values.argmax()] == [59, 30]
+
+
+def test_a_logarithmic_axis_shows_numbers_and_no_markup(tmp_path):
+    figure, axes = plots.panels_of(1, 1, 3, 2)
+    axes[0, 0].plot([1, 10_000], [1, 3])
+    axes[0, 0].set(xscale="log", yscale="log")
+    plots.finish(figure, tmp_path / "a.png")
+    labels = [
+        tick.get_text()
+        for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis)
+        for minor in (False, True)
+        for tick in axis.get_ticklabels(minor=minor)
+    ]
+    assert "100" in labels and not any("$" in label for label in labels)
