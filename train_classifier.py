@@ -41,7 +41,7 @@ AGAIN = "the same command again goes on with it"
 # The flags that decide what a pretraining gives.
 PRETRAINING_FLAGS = (
     *("dataset", "image_size", "arch", "width", "depth", "stem_stride", "seed"),
-    *("pretrain_epochs", "max_minutes", "batch_size", "optimizer", "lr", "lr_floor"),
+    *("pretrain_epochs", "max_minutes", "batch_norm", "batch_size", "optimizer", "lr", "lr_floor"),
     *("warmup_iterations", "weight_decay", "max_grad_norm", "ema_decay", "input_noise"),
     *("augment", "shift", "flip_prob", "precision", "pixel_range", "channel_axis", "background"),
 )

@@ -41,6 +41,7 @@ NEW_FLAGS: dict[str, Any] = {
     "other_data": False,
     "no_test": False,
     "shift": 0,
+    "batch_norm": False,
     "outlier_weight": 0.0,
     "outlier_share": 0.125,
     "outlier_margin": 20.0,

@@ -37,7 +37,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"
-    if device.type == "cpu":  # emulated bf16 is slower than float32
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return "bf16" if native else "float32"
+    if device.type == "cpu":  # without matrix units bf16 takes half as long again as float32
+        matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return "bf16" if matrix_units else "float32"
     return "float32"

@@ -60,7 +60,8 @@ OUT_DIR = flag("--out-dir", str, "folder that receives everything the script wri
 PRECISION = flag(
     "--precision",
     str,
-    "arithmetic of the network; auto: bf16 autocast if the processor has bf16 instructions",
+    "arithmetic of the network; auto: bf16 autocast on a GPU or a processor that multiplies "
+    "matrices in bf16 (AMX)",
     "auto",
     choices=("auto", "float32", "bf16"),
 )
@@ -121,11 +122,17 @@ DATA: Group = (
 MODEL: Group = (
     "model",
     (
-        flag("--arch", str, "network", choices=("small-cnn", "wide-resnet", "nf-resnet")),
+        flag("--arch", str, "network", choices=("small-cnn", "vgg", "wide-resnet", "nf-resnet")),
         flag(
-            "--width", positive_int, "small-cnn: channels of the first layer; the resnets: factor"
+            "--width",
+            positive_int,
+            "small-cnn: channels of the first layer; vgg: of the first stage; the resnets: factor",
         ),
-        flag("--depth", positive_int, "small-cnn: halving layers; the resnets: 6n + 4 layers"),
+        flag(
+            "--depth",
+            positive_int,
+            "small-cnn: halving layers; vgg: halving stages; the resnets: 6n + 4 layers",
+        ),
         flag(
             "--stem-stride",
             int,
@@ -142,18 +149,18 @@ OPTIMISATION = (
         "wall-clock budget in minutes, from the start of the script, within which the schedule "
         "completes; alone it decides the length, with --epochs whichever ends first",
     ),
-    flag("--batch-size", positive_int, "training images in an iteration"),
     flag(
-        "--optimizer",
-        str,
-        "optimiser; sgd has momentum 0.9",
-        "adam",
-        choices=("adam", "adamw", "sgd"),
+        "--batch-norm",
+        BooleanOptionalAction,
+        "train the classifier with batch normalisation, which is folded into its convolutions: "
+        "the density never has it",
     ),
+    flag("--batch-size", positive_int, "training images in an iteration"),
+    flag("--optimizer", str, "optimiser; sgd has momentum 0.9", choices=("adam", "adamw", "sgd")),
     flag("--lr", positive, "learning rate of the optimiser at its highest"),
     flag("--lr-floor", fraction, "share of --lr at which its half cosine ends; 1: constant"),
     flag("--warmup-iterations", count, "iterations over which the learning rate rises from 0"),
-    flag("--weight-decay", non_negative, "weight decay of the optimiser", 0.0),
+    flag("--weight-decay", non_negative, "weight decay of the optimiser"),
     flag("--max-grad-norm", non_negative, "clip the weight gradient's norm to this; 0: off", 0.0),
     flag("--ema-decay", decay, "decay of the averaged weights, the ones kept; 0: no averaging"),
     flag("--input-noise", non_negative, "standard deviation of noise on data, pixels on [-1, 1]"),

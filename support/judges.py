@@ -1,8 +1,9 @@
-"""The judges of samples: two classifiers of different families, neither like the models here.
+"""The judges of samples: two classifiers of different families.
 
 The Fréchet ratio depends on the network whose features it is taken over, so there are two of them:
 recipes are chosen by the first, and reports show both. They see clean images, have batch
-normalisation, and are trained once for a data set.
+normalisation, and are trained once for a data set. Of the networks in models.py the vgg alone is
+of a judge's family.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ def build_judge(name: str, num_classes: int, shape: Sequence[int]) -> nn.Module:
     channels, side, _ = shape
     colour = channels == 3
     if name == "vgg":
-        widths = (64, 256, 256) if colour else (16, 32, 64)
+        widths = (48, 192, 192) if colour else (16, 32, 64)
         return VGG(num_classes, channels, widths)
     patch = 2 if colour or side < 16 else 4
-    width, depth, kernel = (192, 8, 5) if colour else (64, 3, 3)
+    width, depth, kernel = (128, 6, 5) if colour else (64, 3, 3)
     return ConvMixer(num_classes, channels, patch, width, depth, kernel)
 
 
@@ -138,7 +139,7 @@ def _train(
     """Train a judge on clean training images, shifted and, as the data set allows, mirrored."""
     images, labels = dataset.train.to(device)
     colour, count = dataset.shape[0] == 3, len(labels)
-    epochs, batch = (20, 256) if colour else (4, 128) if count > 10_000 else (20, 64)
+    epochs, batch = (8, 256) if colour else (4, 128) if count > 10_000 else (20, 64)
     batch = min(batch, count)
     generator = torch.Generator(device).manual_seed(SEED)
     flip_prob = 0.5 if dataset.name in MIRRORED else 0.0

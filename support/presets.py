@@ -20,9 +20,12 @@ BASE: Preset = {
     "width": 48,
     "depth": 2,
     "stem_stride": 1,
+    "batch_norm": False,
     "epochs": 60,
     "pretrain_epochs": 20,
     "batch_size": 64,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
     "lr": 1e-3,
     "lr_floor": 0.0,
     "warmup_iterations": 100,
@@ -115,10 +118,15 @@ MNIST_HOUR = _changed(
 # the network would memorise.
 CIFAR10 = _changed(
     BASE,
+    arch="vgg",
+    width=32,
     depth=3,
-    stem_stride=2,
-    epochs=10,
-    pretrain_epochs=3,
+    batch_norm=True,
+    epochs=16,
+    pretrain_epochs=10,
+    optimizer="adamw",
+    weight_decay=0.05,
+    lr=2e-3,
     warmup_iterations=200,
     input_noise=0.03,
     shift=4,
@@ -142,8 +150,9 @@ CIFAR10_GPU = _changed(
     arch="nf-resnet",
     width=4,
     depth=16,
-    stem_stride=1,
+    batch_norm=False,
     epochs=60,
+    lr=1e-3,
     batch_size=128,
     ema_decay=0.9995,
     steps=5,
@@ -188,6 +197,7 @@ OF_DATASET = {
 PRESETS = {**OF_DATASET, "mnist-hour": MNIST_HOUR, "cifar10-gpu": CIFAR10_GPU, "paper": PAPER}
 # Shapes of other networks than a preset's own; the paper's wide-resnet is --width 10 --depth 28.
 SHAPES: dict[str, Preset] = {
+    "vgg": {"width": 32, "depth": 3, "stem_stride": 1},
     "wide-resnet": {"width": 2, "depth": 10, "stem_stride": 1},
     "nf-resnet": {"width": 4, "depth": 16, "stem_stride": 1},
 }

@@ -68,7 +68,7 @@ class MovingAverage:
     def update(self, model: nn.Module) -> None:
         """Take in the weights that a network has now."""
         decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.count else 0.0
-        average, now = list(self.module.parameters()), list(model.parameters())
+        average, now = _averaged_tensors(self.module), _averaged_tensors(model)
         get_ema_multi_avg_fn(decay)(average, now, self.count)
         self.count += 1
 
@@ -82,3 +82,9 @@ class MovingAverage:
         self.count = int(state["n_averaged"])
         weights = {k.removeprefix("module."): v for k, v in state.items() if k != "n_averaged"}
         self.module.load_state_dict(weights)
+
+
+def _averaged_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the weights and, of batch normalisation, the running statistics."""
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    return [*model.parameters(), *statistics]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sgld_nrg.models import build_model, energy_of, logits_of
 from sgld_nrg.sgld import run_chains
 from sgld_nrg.support import fast
+from sgld_nrg.support.batch_norm import add_batch_norm, folded
 from sgld_nrg.support.checkpoints import Checkpoint, open_checkpoint, training_folder
 from sgld_nrg.support.commands import check_draws, describe_settings
 from sgld_nrg.support.data import Dataset, load
@@ -136,6 +137,10 @@ class Training:
         self.model = build_model(**self.model_config).to(device)
         if weights is not None:
             self.model.load_state_dict(weights)
+        self.normalised = phase == "classifier" and args.batch_norm
+        if self.normalised:
+            add_batch_norm(self.model)
+            self.model.to(device)
         self.wrapped = self.ranks.wrapped(self.model, device)
         self.energy = energy_of(self.model, self.precision)
         in_one = {"fused": True} if device.type == "cuda" else {}  # one launch instead of twenty
@@ -182,8 +187,9 @@ class Training:
 
     @property
     def averaged(self) -> nn.Module:
-        """The network with the weights that are kept."""
-        return self.ema.module if self.ema else self.model
+        """The network with the weights that are kept, without batch normalisation."""
+        network = self.ema.module if self.ema else self.model
+        return folded(network) if self.normalised else network
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """Return a copy of the weights that are kept."""

@@ -149,7 +149,7 @@ def test_each_update_of_a_judge_has_its_own_gradient(few, monkeypatch, capsys):
 
 
 def test_a_judge_of_colour_images_is_wider():
-    for shape, widths in (((1, 28, 28), (16, 32, 64)), ((3, 32, 32), (64, 256, 256))):
+    for shape, widths in (((1, 28, 28), (16, 32, 64)), ((3, 32, 32), (48, 192, 192))):
         layers = build_judge("vgg", 10, shape).modules()
         found = [part.out_channels for part in layers if isinstance(part, nn.Conv2d)]
         assert found == [width for width in widths for _ in range(2)]
@@ -162,7 +162,7 @@ def test_a_judge_takes_images_of_any_shape(name, shape):
     x = torch.rand(2, *shape, generator=generator())
     assert judge(x).shape == (2, 7) and judge.features(x).shape == (2, judge.head.in_features)
     assert any(isinstance(part, nn.BatchNorm2d) for part in judge.modules())
-    assert judge.head.in_features == {"vgg": (64, 256), "convmixer": (64, 192)}[name][shape[0] == 3]
+    assert judge.head.in_features == {"vgg": (64, 192), "convmixer": (64, 128)}[name][shape[0] == 3]
 
 
 def test_two_folders_have_judges_of_their_own_and_a_dry_run_trains_for_a_moment(

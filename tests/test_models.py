@@ -19,7 +19,8 @@ from sgld_nrg.models import (
 from sgld_nrg.support.layers import BlockStem, HalvingConv
 
 RESNET = {"width": 1, "depth": 10}
-SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "wide-resnet": RESNET, "nf-resnet": RESNET}
+SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "vgg": {"width": 4, "depth": 2}}
+SHAPES |= {"wide-resnet": RESNET, "nf-resnet": RESNET}
 
 
 def make(arch, **rest):
@@ -148,6 +149,7 @@ def test_residual_blocks_start_as_the_identity_and_learn():
     "config",
     [
         {"arch": "small-cnn", "depth": 4},
+        {"arch": "vgg", "depth": 4},
         {"arch": "wide-resnet", "depth": 11},
         {"arch": "small-cnn", "width": 0},
     ],

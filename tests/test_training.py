@@ -13,6 +13,7 @@ from sgld_nrg.support import journal, plots
 from sgld_nrg.support.augment import add_noise, augmented
 from sgld_nrg.support.checkpoints import load_checkpoint
 from sgld_nrg.support.commands import parse
+from sgld_nrg.support.devices import pick_precision
 from sgld_nrg.support.journal import Journal
 from sgld_nrg.support.log import MetricsLog
 from sgld_nrg.support.parallel import Alone
@@ -207,3 +208,11 @@ def test_tensorboard_gets_scalars_grids_and_histograms(tmp_path, monkeypatch):
     scalars = {"jem/energy_gap", "jem/val_accuracy"}
     pictures = {"buffer", "chain age [steps]", "energy of chains", "energy of validation images"}
     assert scalars | pictures <= board.names
+
+
+@pytest.mark.parametrize("matrix_units, wanted", [(True, "bf16"), (False, "float32")])
+def test_a_processor_computes_in_bf16_if_it_has_matrix_units(monkeypatch, matrix_units, wanted):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units, raising=False)
+    assert pick_precision("auto", torch.device("cpu")) == wanted
+    assert pick_precision("float32", torch.device("cpu")) == "float32"
+    assert pick_precision("bf16", torch.device("cpu")) == "bf16"
