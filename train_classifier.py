@@ -104,6 +104,8 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
     what is there was trained with other flags, or has another architecture or data set.
     """
     path = Path(args.classifier or setup.folder / "classifier.pt")
+    own = {"epochs": args.pretrain_epochs, "lr": args.pretrain_lr or args.lr}
+    args = Namespace(**{**vars(args), **own})
     found = load_for_all(path, "classifier", setup.ranks, optional=not args.classifier)
     if not args.classifier:
         found = _of_this_run(found, path, args, setup)
@@ -111,7 +113,6 @@ def pretrained(args: Namespace, setup: Setup) -> Checkpoint:
         _check_fits(found, path, args, setup)
     if found is None or not (found["finished"] or args.classifier):
         print(f"no finished classifier in {setup.folder}: training one first", flush=True)
-        args = Namespace(**{**vars(args), "epochs": args.pretrain_epochs})
         budget = args.max_minutes and args.max_minutes * PRETRAINING_SHARE
         found = train(args, setup, found, budget, AGAIN)
     else:
@@ -154,7 +155,7 @@ def _of_this_run(
             print(f"the classifier {path} had {name} {before}, not {now}: it is replaced")
             return None
         if before != now:
-            flag = "--" + name.replace("_", "-")
+            flag = "--" + "pretrain-" * (name == "lr") + name.replace("_", "-")
             raise UserError(
                 f"{str(path)!r} was pretrained with {flag} {before}, and this run has {now}: give "
                 f"the same flags, train it anew with --overwrite, or use it with --classifier"

@@ -26,7 +26,7 @@ from sgld_nrg.support.report.words import table
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("mnist-0", "mnist-1", "mnist-2")
-SHIPPED = ("mnist", "fashion-mnist")  # results/NAME.pt, reports/shipped-NAME.json
+SHIPPED = ("mnist", "fashion-mnist", "cifar10")  # results/NAME.pt, reports/shipped-NAME.json
 MODELS = {"jem": "JEM", "control": "attacks alone", "classifier": "plain classifier"}
 JUDGES = {"convmixer": "ConvMixer", "vgg": "VGG"}  # the one that finds larger ratios first
 IN_TRAINING = ("constant", "black", "white", "inverted")  # among the outliers of a JEM's training
@@ -163,6 +163,10 @@ def shipped(reports: dict[str, Report]) -> str:
     def joined(*parts: list[str]) -> list[str]:
         return [" / ".join(cell) for cell in zip(*parts, strict=True)]
 
+    def under_attack(report: Report) -> str:
+        points = (report["robustness"]["curves"][norm]["jem"][1] for norm in FIRST_RADII)
+        return " / ".join(f"{p['accuracy']:.3f} ({p['epsilon']:.2g})" for p in points)
+
     def unfamiliar(alpha: str) -> Value:
         return lambda report: report["unfamiliar"]["promises"][alpha]["unfamiliar"]["share"]
 
@@ -174,10 +178,7 @@ def shipped(reports: dict[str, Report]) -> str:
     rows = [
         ["accuracy", *cells(accuracy("jem"), 2, 100, " %")],
         ["ECE", *cells(ece("jem"), 2, 100, " %")],
-        [
-            "APGD, 500 images: L∞ 0.1 / L2 1.5",
-            *joined(*(cells(attacked("jem", norm, 1)) for norm in FIRST_RADII)),
-        ],
+        ["APGD, L∞ / L2 (radius)", *map(under_attack, reports.values())],
         [
             "lowest AUROC of the sets not in training: detector / energy",
             *joined(*(cells(lowest("jem", score)) for score in ("detector", "energy"))),
@@ -189,6 +190,42 @@ def shipped(reports: dict[str, Report]) -> str:
         *([f"Fréchet ratio of {what} chains, {judges}", *row] for what, row in fresh.items()),
     ]
     return table(["", *(f"`{name}.pt`" for name in reports)], rows)
+
+
+def photographs(report: Report) -> str:
+    """Return the results on CIFAR-10 beside the plain classifier's and the paper's."""
+
+    def both(value: Callable[[str], Value], digits: int, scale: float, unit: str = "") -> list[str]:
+        models = ("jem", "classifier")
+        return [f"{scale * value(model)(report):.{digits}f}{unit}" for model in models]
+
+    def by_score(data: str) -> list[str]:
+        scores = ("detector", "energy")
+        cells = [both(lambda m, s=score: auroc(m, data, s), 3, 1) for score in scores]
+        return [" / ".join(cell) for cell in zip(*cells, strict=True)]
+
+    rows = [
+        ["accuracy", *both(accuracy, 2, 100, " %"), "92.9 %"],
+        ["ECE, 15 bins", *both(ece, 2, 100, " %"), ""],
+        [
+            "accuracy under APGD, L2 0.5 (there AutoAttack)",
+            *both(lambda model: attacked(model, "l2", 1), 3, 1),
+            "0.405",
+        ],
+        ["AUROC, CIFAR-100: detector / energy (there the best score)", *by_score("test"), "0.87"],
+    ]
+    rows += [
+        [f"AUROC, {name}: detector / energy", *by_score(name), ""]
+        for name in ("uniform-noise", "permuted")
+    ]
+    for judge, name in JUDGES.items():
+        ratios = (sampled(judge, kind)(report) for kind in ("buffer", "fresh", CLEANED))
+        label = f"Fréchet ratio, {name}: buffer / fresh / cleaned"
+        rows.append([label, " / ".join(f"{ratio:.1f}" for ratio in ratios), "", ""])
+    shares = (100 * read_as(judge, "as_asked")(report) for judge in JUDGES)
+    label = f"read as the class asked: {' / '.join(JUDGES.values())}"
+    rows.append([label, " / ".join(f"{share:.1f} %" for share in shares), "", ""])
+    return table(["", "JEM", "plain classifier", "the paper's JEM"], rows)
 
 
 def density(reports: list[Report]) -> str:
@@ -397,6 +434,7 @@ def parts(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     tables = {make.__name__: make(mnist) for make in makers}
     tables["mnist"] = summary(mnist, {"kmnist-test": "KMNIST", "rotated": "rotated by 90°"})
     tables["shipped"] = shipped({name: reports[f"shipped-{name}"] for name in SHIPPED})
+    tables["cifar10"] = photographs(reports["shipped-cifar10"])
     tables |= {"looks": counted(looks), "differences": differences(), "ablation": ablation(ablated)}
     return tables, {
         "looks": str(len(looks)),

@@ -42,6 +42,7 @@ NEW_FLAGS: dict[str, Any] = {
     "no_test": False,
     "shift": 0,
     "batch_norm": False,
+    "pretrain_lr": 0.0,
     "outlier_weight": 0.0,
     "outlier_share": 0.125,
     "outlier_margin": 20.0,

@@ -28,6 +28,12 @@ def _preset(values: dict[str, Any]) -> dict[str, Any]:
     return preset
 
 
+def _classifier_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of train_classifier.py: the learning rate is that of a pretraining."""
+    preset = _preset(values)
+    return preset | {"lr": preset["pretrain_lr"] or preset["lr"]}
+
+
 def beside_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of a script that reads a checkpoint: it writes beside it."""
     checkpoint = values["checkpoint"] or (OWN if os.path.exists(OWN) else SHIPPED)
@@ -91,11 +97,12 @@ def _check_train_jem(args: Namespace) -> None:
                 "log p(x, y) contains log p(x)"
             )
         args.p_x_weight = 0.0
-    if "pretrain_epochs" in args.given and (args.from_scratch or args.classifier):
-        raise UserError(
-            "--pretrain-epochs has no effect with --classifier or --from-scratch, "
-            "which train no classifier"
-        )
+    for name in ("pretrain_epochs", "pretrain_lr"):
+        if name in args.given and (args.from_scratch or args.classifier):
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect with --classifier or --from-scratch, "
+                "which train no classifier"
+            )
     if "steps" in args.given and "first_steps" not in args.given:
         args.first_steps = 0
     if args.no_guard:
@@ -179,7 +186,7 @@ class Script(NamedTuple):
 
 
 SCRIPTS = {
-    "train_classifier": Script(flags.TRAIN_CLASSIFIER, _preset, _check_training),
+    "train_classifier": Script(flags.TRAIN_CLASSIFIER, _classifier_preset, _check_training),
     "train_jem": Script(flags.TRAIN_JEM, _preset, _check_train_jem),
     "sample": Script(flags.SAMPLE, beside_checkpoint, _check_sample),
     "evaluate": Script(flags.EVALUATE, beside_checkpoint, _check_evaluate),

@@ -184,6 +184,7 @@ PRETRAINING = (
         (CLASSIFIER, flag("--from-scratch", bool, "start from random weights, not a classifier"))
     ),
     flag("--pretrain-epochs", positive_int, "epochs of the classifier, if one is trained first"),
+    flag("--pretrain-lr", non_negative, "its learning rate; 0: --lr"),
 )
 LOSS: Group = (
     "loss",

@@ -349,11 +349,25 @@ def test_a_classifier_that_was_pretrained_serves_runs_of_the_same_flags_alone(tm
     assert f"starting from the classifier {path}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         run("train_jem", *command, "--lr", 0.01)
-    assert caught.value.code == 2 and "--lr 0.001" in capsys.readouterr().err
+    assert caught.value.code == 2 and "--pretrain-lr 0.001" in capsys.readouterr().err
     assert path.read_bytes() == before and not jem.exists()
+    run("train_jem", *command, "--lr", 0.01, "--pretrain-lr", 0.001)
+    assert f"starting from the classifier {path}" in capsys.readouterr().out
+    assert load_checkpoint(jem, "jem")["args"]["lr"] == 0.01 and path.read_bytes() == before
+    jem.unlink()
     run("train_jem", *command, "--lr", 0.01, "--overwrite")
     assert "it is replaced" in capsys.readouterr().out
     assert load_checkpoint(path, "classifier")["args"]["lr"] == 0.01 and jem.exists()
+
+
+def test_a_classifier_pretrains_at_a_learning_rate_of_its_own(tmp_path):
+    args = parse("train_jem", ["--dataset", "cifar10"])
+    assert parse("train_classifier", ["--dataset", "cifar10"]).lr == args.pretrain_lr > args.lr
+    run("train_jem", *SHORT, "--pretrain-epochs", 1, "--pretrain-lr", 0.02, "--out-dir", tmp_path)
+    rates = {"classifier": [], "jem": []}
+    for row in read_metrics(tmp_path / "metrics.csv"):
+        rates[row["phase"]].append(float(row["lr"]))
+    assert max(rates["classifier"]) == pytest.approx(20 * max(rates["jem"]))  # 0.02 and 0.001
 
 
 @pytest.mark.parametrize(
