@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sgld_nrg.sgld import frozen
 from sgld_nrg.support.errors import UserError
-from sgld_nrg.support.layers import BlockStem, FlattenLast, HalvingConv, MapHead, StandardisedConv
+from sgld_nrg.support.layers import BlockStem, FlattenLast, HalvingConv, MapHead
 
-ARCHITECTURES = ("small-cnn", "vgg", "wide-resnet", "nf-resnet")
+ARCHITECTURES = ("small-cnn", "vgg", "wide-resnet")
 
 
 def marginal_energy(logits: Tensor) -> Tensor:
@@ -175,19 +175,6 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.second(nn.functional.silu(self.first(active)))
 
 
-def _three_groups(
-    block: Callable[[int, int, int], nn.Module], inputs: int, width: int, depth: int
-) -> list[nn.Module]:
-    """Return the blocks of a wide residual network: (depth - 4) / 6 in each of three groups."""
-    blocks = []
-    for group in range(3):
-        for number in range((depth - 4) // 6):
-            outputs, stride = (16 << group) * width, 2 if group > 0 and number == 0 else 1
-            blocks.append(block(inputs, outputs, stride))
-            inputs = outputs
-    return blocks
-
-
 class WideResNet(nn.Module):
     """WRN-depth-width without normalisation, the paper's network (WRN-28-10, leaky ReLU there).
 
@@ -200,7 +187,12 @@ class WideResNet(nn.Module):
     ):
         super().__init__()
         first = nn.Conv2d(channels, 16, 3, padding=1)
-        blocks = _three_groups(ResidualBlock, first.out_channels, width, depth)
+        blocks, inputs = [], first.out_channels
+        for group in range(3):
+            for number in range((depth - 4) // 6):
+                outputs, stride = (16 << group) * width, 2 if group > 0 and number == 0 else 1
+                blocks.append(ResidualBlock(inputs, outputs, stride))
+                inputs = outputs
         pooled = (nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.features = nn.Sequential(first, *blocks, *pooled)
         self.head = nn.Linear(64 * width, num_classes)
@@ -208,55 +200,6 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
         return self.head(self.features(x))
-
-
-class NFResidualBlock(nn.Module):
-    """Pre-activation block of two standardised 3x3 convolutions, on a branch whose gain is 0 first.
-
-    The shortcut of a block that changes the shape starts from the activations, as in He et al.'s.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.first = StandardisedConv(inputs, outputs, 3, stride=stride, padding=1)
-        self.second = StandardisedConv(outputs, outputs, 3, padding=1)
-        same = inputs == outputs and stride == 1
-        self.shortcut = None if same else StandardisedConv(inputs, outputs, 1, stride=stride)
-        self.gain = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, inputs, H, W) to (N, outputs, H/stride, W/stride)."""
-        active = scaled_silu(x)
-        branch = self.second(scaled_silu(self.first(active)))
-        return (self.shortcut(active) if self.shortcut else x) + self.gain * branch
-
-
-class NFResNet(nn.Module):
-    """WRN-depth-width with scaled weight standardisation in place of batch statistics.
-
-    depth, width: as in `WideResNet`; the first layer has the first group's 16 * width channels.
-    Sources: Brock et al., "Characterizing signal propagation to close the performance gap in
-    unnormalized ResNets" (arXiv 2101.08692); the gains: De and Smith (arXiv 2002.10444).
-    """
-
-    def __init__(
-        self, num_classes: int, channels: int, image_size: int, width: int = 4, depth: int = 16
-    ):
-        super().__init__()
-        first = StandardisedConv(channels, 16 * width, 3, padding=1)
-        blocks = _three_groups(NFResidualBlock, first.out_channels, width, depth)
-        pooled = (nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.features = nn.Sequential(first, *blocks, *pooled)
-        self.head = nn.Linear(64 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x: (N, C, H, W) float, pixels in [-1, 1], to logits (N, K)."""
-        return self.head(self.features(x))
-
-
-def scaled_silu(x: Tensor) -> Tensor:
-    """Return silu(x) / sd(silu(z)), z ~ N(0, 1), which keeps a unit variance."""
-    return nn.functional.silu(x) * 1.7881
 
 
 def build_model(
@@ -295,11 +238,10 @@ def build_model(
                 "lower depth"
             )
         network = VGG(num_classes, channels, image_size, width, depth)
-    elif arch in ("wide-resnet", "nf-resnet"):
+    elif arch == "wide-resnet":
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"{arch}: depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
-        kind = WideResNet if arch == "wide-resnet" else NFResNet
-        network = kind(num_classes, channels, image_size, width, depth)
+            raise ValueError(f"wide-resnet: depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+        network = WideResNet(num_classes, channels, image_size, width, depth)
     else:
         raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}")
     return network.to(memory_format=torch.channels_last)

@@ -77,11 +77,6 @@ def _check_training(args: Namespace) -> None:
         )
     if args.augment and args.shift:
         raise UserError("--augment shifts too: set one of --augment and --shift to 0")
-    if args.batch_norm and args.arch == "nf-resnet":
-        raise UserError(
-            "--batch-norm: an nf-resnet standardises its weights instead; leave it out, or choose "
-            "another --arch"
-        )
     if args.dry_run and args.resume:
         raise UserError("--dry-run keeps no file, so there is nothing for --resume to continue")
     if args.max_minutes and "epochs" not in args.given:

@@ -122,16 +122,18 @@ DATA: Group = (
 MODEL: Group = (
     "model",
     (
-        flag("--arch", str, "network", choices=("small-cnn", "vgg", "wide-resnet", "nf-resnet")),
+        flag("--arch", str, "network", choices=("small-cnn", "vgg", "wide-resnet")),
         flag(
             "--width",
             positive_int,
-            "small-cnn: channels of the first layer; vgg: of the first stage; the resnets: factor",
+            "small-cnn: channels of the first layer; vgg: of the first stage; "
+            "wide-resnet: factor",
         ),
         flag(
             "--depth",
             positive_int,
-            "small-cnn: halving layers; vgg: halving stages; the resnets: 6n + 4 layers",
+            "small-cnn: halving layers; vgg: halving stages; "
+            "wide-resnet: 6n + 4 layers",
         ),
         flag(
             "--stem-stride",

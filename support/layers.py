@@ -1,4 +1,4 @@
-"""Layers: torch's own, to rounding, computed in a cheaper way, and one that torch lacks."""
+"""Layers: torch's own, to rounding, computed in a cheaper way."""
 
 from __future__ import annotations
 
@@ -104,25 +104,6 @@ def _windows(x: Tensor, size: int, stride: int) -> tuple[Tensor, tuple[int, int]
     strides = (image, stride * row, stride * column, row, 1)
     cut = padded.as_strided(shape, strides)
     return cut.reshape(-1, size * size * channels), (rows, columns)
-
-
-class StandardisedConv(nn.Conv2d):
-    """Conv2d whose filters have mean 0 and variance 1 / fan-in, times a trained gain for each.
-
-    Source: Qiao et al., "Weight standardization" (arXiv 1903.10520), scaled as in Brock et al.
-    (arXiv 2101.08692), equation 4.
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, **rest: Any):
-        super().__init__(inputs, outputs, kernel, **rest)
-        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x: (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-        fan_in = self.weight[0].numel()
-        variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
-        scale = self.gain * (variance * fan_in + 1e-4).rsqrt()
-        return self._conv_forward(x, (self.weight - mean) * scale, self.bias)
 
 
 class FlattenLast(nn.Flatten):

@@ -73,8 +73,6 @@ CASES = [
     ("train_jem", "--from-scratch --classifier a.pt", "not allowed with"),
     ("train_jem", "--from-scratch --pretrain-epochs 3", "--pretrain-epochs has no effect"),
     ("train_jem", "--classifier a.pt --pretrain-lr 1", "--pretrain-lr has no effect"),
-    ("train_jem", "--arch nf-resnet --batch-norm", "--batch-norm: an nf-resnet standardises"),
-    ("train_classifier", "--arch nf-resnet --batch-norm", "--batch-norm: an nf-resnet"),
     ("train_jem", "--resume --overwrite", "not allowed with"),
     ("train_jem", "--dry-run --resume", "nothing for --resume to continue"),
     ("train_jem", "--chain-batch-size 100 --buffer-size 50", "--buffer-size"),

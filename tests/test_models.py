@@ -20,7 +20,7 @@ from sgld_nrg.support.layers import BlockStem, HalvingConv
 
 RESNET = {"width": 1, "depth": 10}
 SHAPES = {"small-cnn": {"width": 4, "depth": 2}, "vgg": {"width": 4, "depth": 2}}
-SHAPES |= {"wide-resnet": RESNET, "nf-resnet": RESNET}
+SHAPES["wide-resnet"] = RESNET
 
 
 def make(arch, **rest):
@@ -128,14 +128,27 @@ def test_the_logits_of_an_image_do_not_depend_on_its_batch(arch):
     torch.testing.assert_close(model(images)[2:3], model(images[2:3]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["wide-resnet", "nf-resnet"])
-def test_a_residual_network_has_three_groups_of_blocks_each_twice_as_wide_at_half_the_size(arch):
-    stem, *blocks, _, _, _ = make(arch, depth=16, width=2).features
+def test_a_residual_network_has_three_groups_of_blocks_each_twice_as_wide_at_half_the_size():
+    stem, *blocks, _, _, _ = make("wide-resnet", depth=16, width=2).features
     x, shapes = stem(torch.randn(1, 1, 8, 8)), []
     for block in blocks:
         x = block(x)
         shapes.append(tuple(x.shape[1:]))
     assert shapes == [(32, 8, 8)] * 2 + [(64, 4, 4)] * 2 + [(128, 2, 2)] * 2
+
+
+def test_a_vgg_has_stages_of_half_the_size_whose_convolutions_begin_as_the_identity():
+    model, x = make("vgg", image_size=16, width=8, depth=3), torch.randn(1, 6, 8, 8)
+    layers = [layer for layer in model.features if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in layers] == [6, 8, 8, 32, 32, 32, 32]
+    shapes = []
+    maps = torch.randn(2, 1, 16, 16)
+    for layer in model.features:
+        maps = layer(maps)
+        shapes += [maps.shape[2]] if isinstance(layer, nn.MaxPool2d) else []
+    assert shapes == [8, 4, 2] and maps.shape == (2, 32)
+    given = layers[1](x)[:, :6] - layers[1].bias[:6, None, None]
+    torch.testing.assert_close(given, x)
 
 
 def test_residual_blocks_start_as_the_identity_and_learn():

@@ -10,7 +10,6 @@ from sgld_nrg import train_jem
 from sgld_nrg.models import build_model, marginal_energy, predict
 from sgld_nrg.support.augment import recast, shifted
 from sgld_nrg.support.checkpoints import load_checkpoint
-from sgld_nrg.support.layers import StandardisedConv
 from sgld_nrg.support.log import read_metrics
 
 BRIEF = ["--epochs", "1", "--pretrain-epochs", "1"]
@@ -96,25 +95,3 @@ def test_outliers_end_up_above_the_data_when_they_are_asked_for(tmp_path, no_cur
         logged = read_metrics(folder / "metrics.csv")[-1]["energy_outliers"]
         assert bool(logged) == bool(weight)
     assert gaps[1] > gaps[0] + 2
-
-
-def test_standardised_filters_have_mean_0_and_variance_1_over_fan_in_whatever_their_scale():
-    conv = StandardisedConv(4, 8, 3, padding=1, bias=False)
-    x = torch.randn(2, 4, 6, 6, generator=generator())
-    before = conv(x)
-    with torch.no_grad():
-        conv.weight.mul_(7).add_(3)
-    torch.testing.assert_close(conv(x), before, rtol=1e-3, atol=1e-3)
-    flat = torch.autograd.functional.jacobian(lambda x: conv(x)[0, :, 3, 3], x)[:, 0].flatten(1)
-    filters = flat[:, flat.abs().sum(0) > 0]  # (8, 36)
-    torch.testing.assert_close(filters.mean(1), torch.zeros(8), atol=1e-5, rtol=0)
-    torch.testing.assert_close(filters.square().mean(1) * 36, torch.ones(8), atol=2e-3, rtol=0)
-
-
-def test_an_nf_resnet_judges_each_image_by_itself_and_its_blocks_begin_as_the_identity():
-    model = build_model("nf-resnet", 10, 3, 16, width=1, depth=16)
-    x = torch.randn(3, 3, 16, 16, generator=generator())
-    torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=1e-4, atol=1e-5)
-    first = model.features[0](x)
-    torch.testing.assert_close(model.features[1](first), first)
-    assert not list(model.buffers())  # no running statistics
