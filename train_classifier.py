@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from sgld_nrg.models import load_model, predict
 from sgld_nrg.support import looks
 from sgld_nrg.support.augment import augmented
-from sgld_nrg.support.checkpoints import NEW_FLAGS, Checkpoint, load_for_all
+from sgld_nrg.support.checkpoints import Checkpoint, load_for_all
 from sgld_nrg.support.data import Split
 from sgld_nrg.support.errors import UserError, exits_cleanly
 from sgld_nrg.support.log import report_files
@@ -150,7 +150,7 @@ def _of_this_run(
             )
         return found
     for name in PRETRAINING_FLAGS:
-        before, now = {**NEW_FLAGS, **found["args"]}.get(name), getattr(args, name)
+        before, now = found["args"].get(name), getattr(args, name)
         if before != now and args.overwrite:
             print(f"the classifier {path} had {name} {before}, not {now}: it is replaced")
             return None

@@ -126,7 +126,7 @@ def open_checkpoint(path: Path, args: Namespace, ranks: Alone) -> Checkpoint | N
         raise UserError(
             f"nothing to resume: {str(path)!r} does not exist; leave out --resume to start a run"
         )
-    saved = {**NEW_FLAGS, **checkpoint["args"]}
+    saved = dict(checkpoint["args"])
     for name in GONE_FLAGS:
         if saved.pop(name, None):
             raise _other_version(path, name, "with")
@@ -278,15 +278,13 @@ def load_for_all(path: Path, kind: str, ranks: Alone, optional: bool = False) ->
 
 
 def _upgraded(state: Checkpoint) -> Checkpoint:
-    """Return a checkpoint of an earlier format with the names of today's."""
-    if state["format"] == FORMATS[-1]:
-        return state
-    if "args" in state:
-        former = state["args"].items()
+    """Return a checkpoint of an earlier version with the names and flags of today's."""
+    if state["format"] != FORMATS[-1]:
+        former = state.get("args", {}).items()
         state["args"] = {FORMER_FLAGS.get(name, name): value for name, value in former}
-    if "training" in state:
-        state["training"]["iteration"] = state["training"].pop("step")
-    return state
+        if "training" in state:
+            state["training"]["iteration"] = state["training"].pop("step")
+    return {**state, "args": {**NEW_FLAGS, **state.get("args", {})}}
 
 
 def _in_float32(value: Any) -> Any:

@@ -126,14 +126,12 @@ MODEL: Group = (
         flag(
             "--width",
             positive_int,
-            "small-cnn: channels of the first layer; vgg: of the first stage; "
-            "wide-resnet: factor",
+            "small-cnn: channels of the first layer; vgg: of the first stage; wide-resnet: factor",
         ),
         flag(
             "--depth",
             positive_int,
-            "small-cnn: halving layers; vgg: halving stages; "
-            "wide-resnet: 6n + 4 layers",
+            "small-cnn: halving layers; vgg: halving stages; wide-resnet: 6n + 4 layers",
         ),
         flag(
             "--stem-stride",

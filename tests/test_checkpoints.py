@@ -34,7 +34,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_plain_torch_load_accepts_it(tmp_p
     save_checkpoint(path, "jem", **state)
     for loaded in (load_checkpoint(path, "jem"), torch.load(path, weights_only=True)):
         assert torch.equal(loaded["model"]["weight"], state["model"]["weight"])
-        assert loaded["args"] == state["args"]
+        assert loaded["args"].items() >= args.items()
     assert os.listdir(tmp_path) == ["jem.pt"]
 
 

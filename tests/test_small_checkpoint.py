@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, generator, run
 
 from sgld_nrg.models import load_model
-from sgld_nrg.support.checkpoints import load_checkpoint
+from sgld_nrg.support.checkpoints import NEW_FLAGS, load_checkpoint
 from sgld_nrg.support.commands import SHIPPED
 from sgld_nrg.support.restarts import restart_from_state
 
@@ -48,6 +48,13 @@ def test_a_small_checkpoint_has_the_model_the_restarts_and_some_chains(
     assert 0.5 < spread.sum() / full.sum() < 1.05
     run("sample", "--checkpoint", path, "--num", 4, "--steps", 2)
     assert (tmp_path / "small" / "samples-fresh.png").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_can_be_made_small(script, checkpoint, tmp_path):
+    args = {name: value for name, value in checkpoint["args"].items() if name not in NEW_FLAGS}
+    torch.save({**checkpoint, "args": args}, tmp_path / "jem.pt")
+    make(script, "--checkpoint", tmp_path / "jem.pt", "--out", tmp_path / "small.pt")
+    assert load_checkpoint(tmp_path / "small.pt", "jem")["args"]["pretrain_lr"] == 0
 
 
 def test_a_small_checkpoint_names_no_folder_and_keeps_its_recipe_and_detector(script, checkpoint):
