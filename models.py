@@ -2,7 +2,8 @@
 
 `build_model(**model_config)` builds every network from plain numbers and strings, so a checkpoint
 needs its model_config alone to be loaded. No network has normalisation layers: batch statistics
-would make the energy of one image depend on the others in its batch.
+would make the energy of one image depend on the others in its batch. A classifier may train with
+them (support/batch_norm.py).
 """
 
 from __future__ import annotations

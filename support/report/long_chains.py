@@ -37,9 +37,10 @@ def measure(study: Study) -> dict[str, Any]:
         clean = cleaned(study.checkpoint, model, x, generator) if steps else x
         for name, yardstick in yardsticks.items():
             row = yardstick.judge_images(x)
+            row_of_clean = yardstick.judge_images(clean) if steps else row
             judged[name]["steps"][str(steps)] = {
                 **{score: row[score] for score in SCORES},
-                "cleaned": yardstick.judge_images(clean)["ratio_to_floor"],
+                "cleaned": row_of_clean["ratio_to_floor"],
             }
         pictures.append(clean[:16].cpu())
     grid, columns = torch.cat(pictures), len(pictures[0])
