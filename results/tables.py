@@ -215,7 +215,11 @@ def photographs(report: Report) -> str:
             *both(lambda model: attacked(model, "l2", 1), 3, 1),
             "0.405",
         ],
-        ["AUROC, CIFAR-100: detector / energy (there the best score)", *by_score("cifar100-test"), "0.87"],
+        [
+            "AUROC, CIFAR-100: detector / energy (there the best score)",
+            *by_score("cifar100-test"),
+            "0.87",
+        ],
     ]
     rows += [
         [f"AUROC, {name}: detector / energy", *by_score(name), ""]
