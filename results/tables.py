@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("mnist-0", "mnist-1", "mnist-2")
 SHIPPED = ("mnist", "fashion-mnist", "cifar10")  # results/NAME.pt, reports/shipped-NAME.json
 MODELS = {"jem": "JEM", "control": "attacks alone", "classifier": "plain classifier"}
+SCORES = ("detector", "energy")
 JUDGES = {"convmixer": "ConvMixer", "vgg": "VGG"}  # the one that finds larger ratios first
 IN_TRAINING = ("constant", "black", "white", "inverted")  # among the outliers of a JEM's training
 NOISY = "training images with the training's noise"
@@ -126,8 +127,7 @@ def summary(reports: list[Report], sets: dict[str, str]) -> str:
 
     def by_score(label: str, value: Callable[[str, str], Value]) -> list[str]:
         cells = [
-            " / ".join(spread(reports, value(model, score)) for score in ("detector", "energy"))
-            for model in MODELS
+            " / ".join(spread(reports, value(model, score)) for score in SCORES) for model in MODELS
         ]
         return [f"{label}: detector / energy", *cells]
 
@@ -148,12 +148,6 @@ def summary(reports: list[Report], sets: dict[str, str]) -> str:
         values = (sampled(judge, "buffer"), sampled(judge, "fresh"), aged(judge, "1000"))
         label = f"Fréchet ratio, {name}: buffer / fresh / 1,000 steps"
         rows.append(of_jem(label, (spread(reports, value, 1) for value in values)))
-    shares = (
-        " / ".join(percent(read_as(judge, kind), 1) for judge in JUDGES)
-        for kind in ("as_asked", "changed")
-    )
-    label = f"read as the class asked, {' / '.join(JUDGES.values())}: started in its own; another"
-    rows.append(of_jem(label, ["; ".join(shares)]))
     return table(["", *MODELS.values()], rows)
 
 
@@ -184,7 +178,7 @@ def shipped(reports: dict[str, Report]) -> str:
         ["APGD, L∞ / L2 (radius)", *map(under_attack, reports.values())],
         [
             "lowest AUROC of the sets not in training: detector / energy",
-            *joined(*(cells(lowest("jem", score)) for score in ("detector", "energy"))),
+            *joined(*(cells(lowest("jem", score)) for score in SCORES)),
         ],
         [
             "called unfamiliar at α = 1 / 5 / 10 %",
@@ -202,36 +196,31 @@ def photographs(report: Report) -> str:
         models = ("jem", "classifier")
         return [f"{scale * value(model)(report):.{digits}f}{unit}" for model in models]
 
-    def by_score(data: str) -> list[str]:
-        scores = ("detector", "energy")
-        cells = [both(lambda m, s=score: auroc(m, data, s), 3, 1) for score in scores]
-        return [" / ".join(cell) for cell in zip(*cells, strict=True)]
-
+    scores = [both(lambda m, s=score: auroc(m, "cifar100-test", s), 3, 1) for score in SCORES]
+    ratios = [
+        " / ".join(f"{sampled(judge, kind)(report):.1f}" for kind in ("fresh", CLEANED))
+        for judge in JUDGES
+    ]
     rows = [
         ["accuracy", *both(accuracy, 2, 100, " %"), "92.9 %"],
         ["ECE, 15 bins", *both(ece, 2, 100, " %"), ""],
         [
-            "accuracy under APGD, L2 0.5 (there AutoAttack)",
+            "under APGD (paper: AutoAttack), L2 0.5",
             *both(lambda model: attacked(model, "l2", 1), 3, 1),
             "0.405",
         ],
         [
-            "AUROC, CIFAR-100: detector / energy (there the best score)",
-            *by_score("cifar100-test"),
+            "AUROC, CIFAR-100: detector / energy (paper: best)",
+            *(" / ".join(pair) for pair in zip(*scores, strict=True)),
             "0.87",
         ],
+        [
+            f"Fréchet ratio, fresh / cleaned: {', '.join(JUDGES.values())}",
+            ", ".join(ratios),
+            "",
+            "",
+        ],
     ]
-    rows += [
-        [f"AUROC, {name}: detector / energy", *by_score(name), ""]
-        for name in ("uniform-noise", "permuted")
-    ]
-    for judge, name in JUDGES.items():
-        ratios = (sampled(judge, kind)(report) for kind in ("fresh", CLEANED))
-        label = f"Fréchet ratio of fresh chains, {name}: as they are / cleaned"
-        rows.append([label, " / ".join(f"{ratio:.1f}" for ratio in ratios), "", ""])
-    shares = (100 * read_as(judge, "as_asked")(report) for judge in JUDGES)
-    label = f"read as the class asked: {' / '.join(JUDGES.values())}"
-    rows.append([label, " / ".join(f"{share:.1f} %" for share in shares), "", ""])
     return table(["", "JEM", "plain classifier", "the paper's JEM"], rows)
 
 
@@ -290,13 +279,9 @@ def unlike(reports: list[Report]) -> str:
     """Return the AUROC of each model's detector and energy on each set."""
     rows = []
     for data in reports[0]["out_of_distribution"]["sets"]:
-        cells = [
-            spread(reports, auroc(model, data, score))
-            for score in ("detector", "energy")
-            for model in MODELS
-        ]
+        cells = [spread(reports, auroc(model, data, score)) for score in SCORES for model in MODELS]
         rows.append([data + " (in training)" * (data in IN_TRAINING), *cells])
-    header = [f"{score}: {name}" for score in ("detector", "energy") for name in MODELS.values()]
+    header = [f"{score}: {name}" for score in SCORES for name in MODELS.values()]
     return table(["", *header], rows)
 
 
