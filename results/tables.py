@@ -26,7 +26,7 @@ from sgld_nrg.support.report.words import table
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ("mnist-0", "mnist-1", "mnist-2")
-SHIPPED = ("mnist", "fashion-mnist")  # results/NAME.pt, reports/shipped-NAME.json
+SHIPPED = ("mnist", "fashion-mnist", "cifar10")  # results/NAME.pt, reports/shipped-NAME.json
 MODELS = {"jem": "JEM", "control": "attacks alone", "classifier": "plain classifier"}
 SCORES = ("detector", "energy")
 JUDGES = {"convmixer": "ConvMixer", "vgg": "VGG"}  # the one that finds larger ratios first
@@ -187,6 +187,41 @@ def shipped(reports: dict[str, Report]) -> str:
         *([f"Fréchet ratio of {what} chains, {judges}", *row] for what, row in fresh.items()),
     ]
     return table(["", *(f"`{name}.pt`" for name in reports)], rows)
+
+
+def photographs(report: Report) -> str:
+    """Return the results on CIFAR-10 beside the plain classifier's and the paper's."""
+
+    def both(value: Callable[[str], Value], digits: int, scale: float, unit: str = "") -> list[str]:
+        models = ("jem", "classifier")
+        return [f"{scale * value(model)(report):.{digits}f}{unit}" for model in models]
+
+    scores = [both(lambda m, s=score: auroc(m, "test", s), 3, 1) for score in SCORES]
+    ratios = [
+        " / ".join(f"{sampled(judge, kind)(report):.1f}" for kind in ("fresh", CLEANED))
+        for judge in JUDGES
+    ]
+    rows = [
+        ["accuracy", *both(accuracy, 2, 100, " %"), "92.9 %"],
+        ["ECE, 15 bins", *both(ece, 2, 100, " %"), ""],
+        [
+            "under APGD (paper: AutoAttack), L2 0.5",
+            *both(lambda model: attacked(model, "l2", 1), 3, 1),
+            "0.405",
+        ],
+        [
+            "AUROC, CIFAR-100: detector / energy (paper: best)",
+            *(" / ".join(pair) for pair in zip(*scores, strict=True)),
+            "0.87",
+        ],
+        [
+            f"Fréchet ratio, fresh / cleaned: {', '.join(JUDGES.values())}",
+            ", ".join(ratios),
+            "",
+            "",
+        ],
+    ]
+    return table(["", "JEM", "plain classifier", "the paper's JEM"], rows)
 
 
 def density(reports: list[Report]) -> str:
@@ -391,6 +426,7 @@ def parts(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     tables = {make.__name__: make(mnist) for make in makers}
     tables["mnist"] = summary(mnist, {"kmnist-test": "KMNIST"})
     tables["shipped"] = shipped({name: reports[f"shipped-{name}"] for name in SHIPPED})
+    tables["cifar10"] = photographs(reports["shipped-cifar10"])
     tables |= {"looks": counted(looks), "differences": differences(), "ablation": ablation(ablated)}
     return tables, {
         "looks": str(len(looks)),
