@@ -205,7 +205,7 @@ def photographs(report: Report) -> str:
         ["accuracy", *both(accuracy, 2, 100, " %"), "92.9 %"],
         ["ECE, 15 bins", *both(ece, 2, 100, " %"), ""],
         [
-            "under APGD (paper: AutoAttack), L2 0.5",
+            "under APGD, 60 images (paper: AutoAttack), L2 0.5",
             *both(lambda model: attacked(model, "l2", 1), 3, 1),
             "0.405",
         ],
