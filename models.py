@@ -225,19 +225,14 @@ def build_model(
             "set --stem-stride"
         )
     network: nn.Module
+    if arch in ("small-cnn", "vgg") and -(-image_size // stem_stride) >> depth < 1:
+        raise ValueError(
+            f"a {arch} of depth {depth} halves {image_size}x{image_size} images to nothing; "
+            "lower depth"
+        )
     if arch == "small-cnn":
-        if -(-image_size // stem_stride) >> depth < 1:
-            raise ValueError(
-                f"a small-cnn of depth {depth} halves {image_size}x{image_size} images to nothing; "
-                "lower depth"
-            )
         network = SmallCNN(num_classes, channels, image_size, width, depth, stem_stride)
     elif arch == "vgg":
-        if image_size >> depth < 1:
-            raise ValueError(
-                f"a vgg of depth {depth} halves {image_size}x{image_size} images to nothing; "
-                "lower depth"
-            )
         network = VGG(num_classes, channels, image_size, width, depth)
     elif arch == "wide-resnet":
         if depth < 10 or (depth - 4) % 6:

@@ -134,13 +134,13 @@ class Training:
         self.precision = pick_precision(args.precision, device)
         self.model_config = model_config_from(args, dataset)
         torch.manual_seed(args.seed)
-        self.model = build_model(**self.model_config).to(device)
-        if weights is not None:
-            self.model.load_state_dict(weights)
+        self.model = build_model(**self.model_config)
         self.normalised = phase == "classifier" and args.batch_norm
         if self.normalised:
             add_batch_norm(self.model)
-            self.model.to(device)
+        self.model.to(device)
+        if weights is not None:
+            self.model.load_state_dict(weights)
         self.wrapped = self.ranks.wrapped(self.model, device)
         self.energy = energy_of(self.model, self.precision)
         in_one = {"fused": True} if device.type == "cuda" else {}  # one launch instead of twenty
